@@ -1,0 +1,1 @@
+"""Numbers only: storage bytes, budgets, problems, solvers, strategies, plans. Never imports torch."""

@@ -1,0 +1,189 @@
+"""The plan: what every layer gets, what it will cost, and the proof. Read and written as plan.json.
+
+What lives here: the schema, and making a plan of a solved problem. Solving is in `knapsack.py`; carrying the plan
+out is the compressor's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from allocator.atomic import write_atomically
+from allocator.budget import Budget
+from allocator.errors import BudgetAboveOriginalError, InfeasibleError, PlanError
+from allocator.knapsack import solve
+from allocator.problem import Integers, Menu, Solution
+from allocator.storage import Option
+
+SCHEMA_VERSION = 1
+MIB = 2**20
+Count = Annotated[int, Field(ge=0)]
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PlanModel(Frozen):
+    """Which model the plan is for; `weights_sha256` is what binds, the id is for people."""
+
+    id: str
+    revision: str | None
+    weights_sha256: str
+
+
+class PlanBudget(Frozen):
+    """The budget as written, and as bytes of the whole checkpoint."""
+
+    text: str
+    bytes: int
+
+
+class PlanLayer(Frozen):
+    """One layer's option, its bytes, its relative squared output error and its predicted KL (nats/token)."""
+
+    bits: Count
+    rank: Count
+    group_size: Count
+    factor_bits: Count
+    bytes: Count
+    error: float
+    cost: float
+
+    @property
+    def option(self) -> Option:
+        return Option(self.bits, self.rank, self.group_size, self.factor_bits)
+
+
+class Plan(Frozen):
+    """A decided allocation. `total_bytes` is, to the byte, what the compressed checkpoint's tensors take.
+
+    predicted_kl and its 90 % interval are in nats/token; lower_bound and gap certify that no other choice from the
+    same options is predicted to lose less than `predicted_kl − gap`; shadow_price is in nats per MiB.
+    """
+
+    schema_version: int
+    model: PlanModel
+    profile_sha256: str
+    budget: PlanBudget
+    total_bytes: int
+    predicted_kl: float
+    predicted_kl_interval: tuple[float, float]
+    lower_bound: float
+    gap: float
+    shadow_price: float
+    strategy: str
+    target: str | None
+    layers: dict[str, PlanLayer]
+    kept: dict[str, int]
+
+    @property
+    def compressible_bytes(self) -> int:
+        return sum(layer.bytes for layer in self.layers.values())
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, (self.model_dump_json(indent=1) + "\n").encode())
+
+
+def load_plan(path: Path) -> Plan:
+    """Read plan.json; raises `PlanError` with one sentence when it is missing, malformed or newer than this code."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(
+            f"cannot read the plan {path} ({error}); give a file that `bitrank plan` wrote"
+        ) from error
+    try:
+        plan = Plan.model_validate_json(text)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "the document"
+        raise PlanError(f"{path} is not a bitrank plan: {where}: {problem['msg']}") from error
+    if plan.schema_version > SCHEMA_VERSION:
+        raise PlanError(
+            f"{path} has plan schema {plan.schema_version}, this version reads up to {SCHEMA_VERSION}; upgrade bitrank"
+        )
+    return plan
+
+
+def budget_bytes(menu: Menu, budget: Budget) -> int:
+    """Bytes of the whole checkpoint; raises when the budget cannot be met or asks for nothing."""
+    total = budget.total_bytes(menu.original_bytes, menu.kept_bytes, menu.compressible_weights)
+    smallest = menu.kept_bytes + sum(int(layer.total_bytes.min()) for layer in menu.layers)
+    if total < smallest:
+        raise InfeasibleError(
+            f"budget {budget.text} is {total:,} bytes, but the smallest feasible plan takes {smallest:,} bytes"
+            f" ({describe_bytes(menu, smallest)}); raise the budget",
+            smallest,
+        )
+    if total > menu.original_bytes:
+        raise BudgetAboveOriginalError(
+            f"budget {budget.text} is {total:,} bytes, more than the original checkpoint's {menu.original_bytes:,};"
+            " nothing needs compressing, lower the budget"
+        )
+    return total
+
+
+def describe_bytes(menu: Menu, total: int) -> str:
+    """`total` in the other units a budget can be written in, rounded up so that it stays feasible."""
+    weights_bits = 8 * (total - menu.kept_bytes) / menu.compressible_weights
+    share = 100 * total / menu.original_bytes
+    return f"{_up(total / MIB)}MiB, {_up(share)}% or {_up(weights_bits)}bpw"
+
+
+def _up(value: float) -> str:
+    return f"{int(value * 100) / 100 + 0.01:.2f}"
+
+
+def optimal_choice(menu: Menu, total_bytes: int) -> Solution:
+    """The solved allocation for a whole-checkpoint size."""
+    return solve(menu.problem(total_bytes))
+
+
+def make_plan(
+    menu: Menu,
+    choice: Integers,
+    *,
+    model: PlanModel,
+    profile_sha256: str,
+    budget: PlanBudget,
+    bound: Solution,
+    strategy: str,
+    interval_factors: tuple[float, float],
+) -> Plan:
+    """A plan of any strategy's choice, with `bound`, the optimum's certificate at the same bytes, beside it.
+
+    interval_factors: the prediction interval's ends as multiples of the prediction.
+    """
+    layers = {}
+    for layer, index in zip(menu.layers, choice.tolist(), strict=True):
+        option = layer.options[index]
+        layers[layer.name] = PlanLayer(
+            bits=option.bits,
+            rank=option.rank,
+            group_size=option.group_size,
+            factor_bits=option.factor_bits,
+            bytes=int(layer.total_bytes[index]),
+            error=float(layer.error[index]),
+            cost=float(layer.cost[index]),
+        )
+    predicted_kl = sum(layer.cost for layer in layers.values())
+    return Plan(
+        schema_version=SCHEMA_VERSION,
+        model=model,
+        profile_sha256=profile_sha256,
+        budget=budget,
+        total_bytes=menu.kept_bytes + sum(layer.bytes for layer in layers.values()),
+        predicted_kl=predicted_kl,
+        predicted_kl_interval=(predicted_kl * interval_factors[0], predicted_kl * interval_factors[1]),
+        lower_bound=bound.lower_bound,
+        gap=max(0.0, predicted_kl - bound.lower_bound),
+        shadow_price=bound.shadow_price * MIB,
+        strategy=strategy,
+        target=None,
+        layers=layers,
+        kept=menu.kept,
+    )

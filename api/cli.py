@@ -1,0 +1,339 @@
+"""The command line: `bitrank …`. Every command reads its arguments, calls one use-case and prints the result.
+
+stdout carries the result (one JSON document with --json), stderr the progress and the errors. Exit codes: 0 done,
+1 failed, 2 wrong usage, 3 infeasible, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="bitrank",
+    help="Decide how many bits and how much rank every weight matrix of a language model deserves.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+ProfileDirectory = Annotated[Path, typer.Argument(metavar="PROFILE", help="A directory `bitrank profile` wrote.")]
+MODEL_HELP = "'demo', a model directory or a hub id."
+
+
+def main() -> None:
+    """Run the command line; every error a user can mend becomes one line on stderr and an exit code."""
+    from allocator.errors import BitrankError, InfeasibleError
+
+    try:
+        app()
+    except InfeasibleError as error:
+        sys.exit(_complain(error, 3))
+    except (BitrankError, OSError) as error:
+        sys.exit(_complain(error, 1))
+    except KeyboardInterrupt:
+        print("bitrank: interrupted; run the same command again to resume", file=sys.stderr)
+        sys.exit(130)
+
+
+def _complain(error: Exception, code: int) -> int:
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        text = f"cannot write or read a file ({text}); free some space or check the path, then run the command again"
+    print(f"bitrank: {text}", file=sys.stderr)
+    return code
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for profile, plans and report.")] = Path(
+        "bitrank-demo"
+    ),
+    json_output: Json = False,
+) -> None:
+    """Profile, plan, compress and evaluate the embedded model, and write an HTML report."""
+    from api.demo import run_demo
+
+    result = run_demo(output, progress())
+    if json_output:
+        return _print_json(result)
+    _print_table(
+        ("text", "checkpoint", "bytes", "bpw", "predicted KL", "KL", "perplexity", "top-1", "tokens/s"),
+        (
+            (
+                row["text"],
+                row["name"],
+                f"{row['tensor_bytes']:,}",
+                f"{row['bits_per_weight']:.2f}",
+                f"{row['predicted_kl']:.4f}",
+                f"{row['kl_nats']:.4f}",
+                f"{row['perplexity']:.2f} (fp {row['reference_perplexity']:.2f})",
+                f"{row['top1_agreement']:.1%}",
+                f"{row['tokens_per_second']:.0f}",
+            )
+            for row in result["evaluations"]
+        ),
+    )
+    print(f"report: {result['report']}")
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Profile directory to write.")],
+    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text; sampled from the model if absent.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = 40_960,
+    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
+    bits: Annotated[str, typer.Option(help="Bit widths to measure.")] = "2,3,4,5,6,8",
+    ranks: Annotated[str | None, typer.Option(help="Ranks to measure; by the model's width if absent.")] = None,
+    group_sizes: Annotated[str, typer.Option(help="Group sizes to measure.")] = "32,64,128",
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Measure a model once, so that every budget can be planned from it."""
+    from api.usecases import profile_model
+    from profiler.profile import ProfileSettings
+
+    widths = _numbers(bits, "--bits", {2, 3, 4, 5, 6, 8})
+    settings = ProfileSettings(
+        calibration=calibration,
+        tokens=tokens,
+        seed=seed,
+        device=device,
+        bits=widths,
+        ranks=None if ranks is None else (0, *(r for r in _numbers(ranks, "--ranks") if r)),
+        group_sizes=_numbers(group_sizes, "--group-sizes", {32, 64, 128}),
+    )
+    report = progress()
+    made = profile_model(model, output, settings, report)
+    document = made.document
+    summary = {
+        "profile": str(made.path),
+        "sha256": made.sha256,
+        "model": document.model.model_dump(),
+        "layers": len(document.layers),
+        "measurements": sum(len(m) for m in made.measurements.values()),
+        "worst_r_squared": min(record.fit.r_squared for record in document.layers.values()),
+        "gain": document.gain.mean,
+        "seconds": report.seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    if json_output:
+        return _print_json(summary)
+    print(f"{summary['layers']} layers, {summary['measurements']} measured options in {made.path}")
+    print(f"next: bitrank plan {made.path} --budget 3.25bpw")
+
+
+@app.command()
+def plan(
+    profile_path: ProfileDirectory,
+    budget: Annotated[str | None, typer.Option(help="700MiB, 1.5GB, 25% or 3.25bpw.")] = None,
+    strategy: Annotated[str, typer.Option(help="optimal, uniform:3, uniform:3:r64, …")] = "optimal",
+    output: Annotated[Path, typer.Option("-o", "--output", help="Plan file to write.")] = Path("plan.json"),
+    json_output: Json = False,
+) -> None:
+    """Decide every layer's bits and rank for one budget, with a certificate."""
+    from api.usecases import bits_per_weight, plan_budget
+    from profiler.profile import load_profile
+
+    loaded = load_profile(profile_path)
+    made = plan_budget(loaded, budget, strategy)
+    made.save(output)
+    if json_output:
+        return print(made.model_dump_json(indent=1))
+    low, high = made.predicted_kl_interval
+    print(f"{output}: {made.total_bytes:,} bytes, {bits_per_weight(loaded.menu, made.total_bytes):.3f} bpw")
+    print(f"predicted KL {made.predicted_kl:.4f} nats/token (90 % interval {low:.4f} to {high:.4f})")
+    print(f"no plan from these options loses less than {made.lower_bound:.4f} (gap {made.gap:.2g})")
+    print(f"one more MiB saves {made.shadow_price:.4g} nats/token")
+    counts: dict[str, int] = {}
+    for layer in made.layers.values():
+        key = f"{layer.bits} bits" + (f" + rank {layer.rank}" if layer.rank else "")
+        counts[key] = counts.get(key, 0) + 1
+    print(", ".join(f"{count} layers at {key}" for key, count in sorted(counts.items())))
+
+
+@app.command()
+def frontier(profile_path: ProfileDirectory, json_output: Json = False) -> None:
+    """The least predicted loss at every size, beside uniform settings."""
+    from api.usecases import frontier_points, uniform_points
+    from profiler.profile import load_profile
+
+    loaded = load_profile(profile_path)
+    points, uniform = frontier_points(loaded), uniform_points(loaded)
+    if json_output:
+        return _print_json({"frontier": _dicts(points), "uniform": _dicts(uniform)})
+    shown = points[:: max(1, len(points) // 24)]
+    _print_table(
+        ("bytes", "bpw", "predicted KL", ""),
+        [(f"{p.total_bytes:,}", f"{p.bits_per_weight:.3f}", f"{p.kl_nats:.5f}", "") for p in shown]
+        + [(f"{u.total_bytes:,}", f"{u.bits_per_weight:.3f}", f"{u.kl_nats:.5f}", u.strategy) for u in uniform],
+    )
+
+
+@app.command()
+def curves(
+    profile_path: ProfileDirectory,
+    layer: Annotated[str, typer.Option(help="Layers by glob, like '*.mlp.*'.")] = "*",
+    json_output: Json = False,
+) -> None:
+    """Measured and fitted errors of every option, by layer."""
+    from api.usecases import curve_points
+    from profiler.profile import load_profile
+
+    loaded = load_profile(profile_path)
+    points = curve_points(loaded, layer)
+    if json_output:
+        fits = {name: loaded.document.layers[name].fit for name in dict.fromkeys(p.layer for p in points)}
+        return _print_json({"fits": {name: _dicts([fit])[0] for name, fit in fits.items()}, "points": _dicts(points)})
+    _print_table(
+        ("layer", "bits", "rank", "group", "error (squared)", "fitted", "KL"),
+        (
+            (p.layer, p.bits, p.rank, p.group_size, f"{p.error:.3e}", f"{p.fitted_error:.3e}", f"{p.kl_nats:.3e}")
+            for p in points
+        ),
+    )
+
+
+@app.command()
+def compress(
+    plan_path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint directory to write.")],
+    profile_path: Annotated[Path | None, typer.Option("--profile", help="The plan's profile, if not found.")] = None,
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Carry a plan out into a checkpoint that transformers loads."""
+    from api.usecases import compress_plan
+
+    made = compress_plan(plan_path, output, progress(), profile_path, device)
+    if json_output:
+        return _print_json({"checkpoint": str(output), "tensor_bytes": made.total_bytes})
+    print(f"{output}: {made.total_bytes:,} tensor bytes")
+    print(f"next: bitrank evaluate {output} --reference {made.model.id}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The compressed checkpoint.")],
+    reference: Annotated[str, typer.Option(help=f"The original: {MODEL_HELP}")],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text; sampled from the reference if absent.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to measure on.")] = 32_768,
+    prompt: Annotated[list[str] | None, typer.Option(help="Continue this text with both models.")] = None,
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Measure how far a compressed model is from its original."""
+    from api.usecases import evaluate_model
+
+    found = evaluate_model(model, reference, text, tokens, progress(), prompt or (), device)
+    if json_output:
+        return _print_json(_dicts([found])[0])
+    print(f"KL {found.kl_nats:.5f} ± {found.kl_standard_error:.5f} nats/token over {found.tokens:,} tokens")
+    print(f"perplexity {found.perplexity:.3f}, original {found.reference_perplexity:.3f}")
+    print(f"logits cosine {found.logits_cosine:.5f}, same next token {found.top1_agreement:.2%}")
+    print(f"{found.tokens_per_second:.1f} tokens/s, {found.tensor_bytes:,} tensor bytes")
+    for sample in found.samples:
+        print(f"\n{sample.prompt}\n  original:   {sample.reference!r}\n  compressed: {sample.compressed!r}")
+
+
+class ProgressLine:
+    """Progress on stderr: a bar with the time left on a terminal, now and then a line elsewhere.
+
+    Also keeps how long each stage took, in `seconds`.
+    """
+
+    def __init__(self) -> None:
+        from time import monotonic
+
+        self._clock: Callable[[], float] = monotonic
+        self._stage = ""
+        self._entered = self._shown = monotonic()
+        self._first = 0
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = self._clock()
+        if stage != self._stage:
+            self.seconds[stage] = 0.0
+            self._first = done if stage == "sweep" else 0
+            since = self._entered if not self._stage else now
+            self._stage, self._entered, self._shown = stage, since, 0.0
+        self.seconds[stage] = now - self._entered
+        terminal = sys.stderr.isatty()
+        if done < total and now - self._shown < (0.1 if terminal else 10):
+            return
+        self._shown = now
+        print(self._line(now, done, total), file=sys.stderr, end=self._end(terminal, done == total), flush=True)
+
+    def _line(self, now: float, done: int, total: int) -> str:
+        steps = done - self._first
+        left = (now - self._entered) / steps * (total - done) if steps > 0 else 0.0
+        filled = "█" * (24 * done // max(1, total))
+        return f"{self._stage:28} {filled:24} {done}/{total}  {now - self._entered:.0f} s, {left:.0f} s left "
+
+    def _end(self, terminal: bool, complete: bool) -> str:
+        return "\n" if complete or not terminal else "\r"
+
+
+def progress() -> ProgressLine:
+    _quiet_libraries()
+    return ProgressLine()
+
+
+def _quiet_libraries() -> None:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _numbers(text: str, option: str, allowed: set[int] | None = None) -> tuple[int, ...]:
+    try:
+        numbers = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise typer.BadParameter(f"{option} takes whole numbers separated by commas, not {text!r}") from None
+    wrong = [n for n in numbers if (n not in allowed if allowed is not None else n < 0)]
+    if wrong or not numbers:
+        choices = f"; choose from {sorted(allowed)}" if allowed is not None else ""
+        raise typer.BadParameter(f"{option} cannot be {wrong}{choices}")
+    return numbers
+
+
+def _dicts(records: Iterable[Any]) -> list[dict[str, Any]]:
+    from dataclasses import asdict
+
+    return [asdict(record) for record in records]
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=1))
+
+
+def _print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""The use-cases, each once: what the CLI and the service both call.
+
+What lives here: profile, plan, frontier, curves, compress, evaluate, as plain functions from typed inputs to typed
+results. Heavy packages are imported inside the functions that need them.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from allocator.budget import parse_budget
+from allocator.errors import BitrankError, InfeasibleError, PlanError
+from allocator.plan import Plan, PlanBudget, budget_bytes, describe_bytes, make_plan
+from allocator.strategies import Optimal, choice_bytes, choose, parse_strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from allocator.problem import Menu
+    from profiler.calibration import Progress
+    from profiler.evaluation import Fidelity
+    from profiler.layers import LoadedModel
+    from profiler.profile import Profile, ProfileSettings
+
+EVALUATION_TOKENS = 32_768
+
+
+def home() -> Path:
+    """Where bitrank remembers finished profiles: $BITRANK_HOME, or a folder of the user's cache."""
+    return Path(os.environ.get("BITRANK_HOME", Path.home() / ".cache" / "bitrank"))
+
+
+def profile_model(model: str, output: Path, settings: ProfileSettings, progress: Progress) -> Profile:
+    """Measure a model into the directory `output`, or resume doing so."""
+    from profiler.checkpoint import find_model
+    from profiler.profile import build_profile
+
+    profile = build_profile(find_model(model), output, settings, progress)
+    remember(profile)
+    return profile
+
+
+def remember(profile: Profile) -> None:
+    """Note where a profile lies, so that `compress` finds it by the digest in a plan."""
+    from allocator.atomic import write_atomically
+
+    folder = home() / "profiles"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / profile.sha256, str(profile.path.resolve()).encode())
+
+
+def find_profile(plan: Plan, plan_path: Path, given: Path | None) -> Profile:
+    """The profile a plan was made from: the one given, one beside the plan, or one remembered."""
+    from profiler.profile import load_profile
+
+    if given is not None:
+        profile = load_profile(given)
+        if profile.sha256 != plan.profile_sha256:
+            raise PlanError(f"{plan_path} was not made from the profile {given}; give the one it was made from")
+        return profile
+    noted = home() / "profiles" / plan.profile_sha256
+    beside = plan_path.resolve().parent
+    folders = [beside, *sorted(p.parent for p in beside.glob("*/profile.json"))]
+    if noted.exists():
+        folders.append(Path(noted.read_text()))
+    for folder in folders:
+        if (folder / "profile.json").exists():
+            profile = load_profile(folder)
+            if profile.sha256 == plan.profile_sha256:
+                return profile
+    raise PlanError(
+        f"the profile that {plan_path} was made from (sha256 {plan.profile_sha256[:12]}…) is not to be found;"
+        " say where it is with --profile"
+    )
+
+
+def plan_budget(profile: Profile, budget: str | None, strategy: str = "optimal") -> Plan:
+    """Plan one budget. A uniform strategy has a size of its own and needs no budget.
+
+    Raises `BudgetSyntaxError`, `InfeasibleError`, `BudgetAboveOriginalError`, `StrategyError`.
+    """
+    from allocator.knapsack import solve
+
+    menu, parsed = profile.menu, parse_strategy(strategy)
+    if budget is None:
+        if isinstance(parsed, Optimal):
+            raise PlanError("a budget is missing; give --budget like 700MiB, 25% or 3.25bpw")
+        total = choice_bytes(menu, choose(parsed, menu, menu.original_bytes))
+        budget = f"{total}B"
+    total = budget_bytes(menu, parse_budget(budget))
+    bound = solve(menu.problem(total))
+    choice = bound.choice if isinstance(parsed, Optimal) else choose(parsed, menu, total)
+    taken = choice_bytes(menu, choice)
+    if taken > total:
+        raise InfeasibleError(
+            f"strategy {strategy} takes {taken:,} bytes, but the budget {budget} is {total:,};"
+            f" raise it to {describe_bytes(menu, taken)}",
+            taken,
+        )
+    return make_plan(
+        menu,
+        choice,
+        model=profile.document.model,
+        profile_sha256=profile.sha256,
+        budget=PlanBudget(text=budget, bytes=total),
+        bound=bound,
+        strategy=strategy,
+        interval_factors=profile.interval_factors,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierPoint:
+    """A size and the least predicted KL (nats/token) at it."""
+
+    total_bytes: int
+    bits_per_weight: float
+    kl_nats: float
+
+
+def bits_per_weight(menu: Menu, total_bytes: int) -> float:
+    return 8 * (total_bytes - menu.kept_bytes) / menu.compressible_weights
+
+
+def frontier_points(profile: Profile) -> list[FrontierPoint]:
+    """Every breakpoint of the frontier, smallest budget first."""
+    from allocator.frontier import frontier
+
+    menu = profile.menu
+    found = frontier(menu.problem(menu.original_bytes))
+    sizes = (found.total_bytes + menu.kept_bytes).tolist()
+    return [FrontierPoint(s, bits_per_weight(menu, s), kl) for s, kl in zip(sizes, found.cost.tolist(), strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class UniformPoint:
+    """A uniform setting that every layer of the menu offers, and its predicted KL."""
+
+    strategy: str
+    total_bytes: int
+    bits_per_weight: float
+    kl_nats: float
+
+
+def uniform_points(profile: Profile) -> list[UniformPoint]:
+    """Uniform settings at group 64 and rank 0, as far as the profile measured them."""
+    from allocator.errors import AllocationError
+    from allocator.strategies import choice_cost, uniform
+
+    menu, points = profile.menu, []
+    for bits in (2, 3, 4, 5, 6, 8):
+        try:
+            choice = uniform(menu, bits)
+        except AllocationError:
+            continue
+        size = choice_bytes(menu, choice)
+        points.append(UniformPoint(f"uniform:{bits}", size, bits_per_weight(menu, size), choice_cost(menu, choice)))
+    return points
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """One measured option of a layer, and the fitted error beside it."""
+
+    layer: str
+    bits: int
+    rank: int
+    group_size: int
+    factor_bits: int
+    error: float
+    fitted_error: float
+    kl_nats: float
+
+
+def curve_points(profile: Profile, pattern: str = "*") -> list[CurvePoint]:
+    """Measured points of the layers whose name matches a glob; raises `BitrankError` when none does."""
+    names = [name for name in profile.document.layers if fnmatchcase(name, pattern)]
+    if not names:
+        some = ", ".join(list(profile.document.layers)[:3])
+        raise BitrankError(f"no layer matches {pattern!r}; names look like {some}")
+    points = []
+    for name in names:
+        fit = profile.document.layers[name].fit
+        for m in profile.measurements[name]:
+            fitted = fit.error(m.option.bits, m.option.rank, m.option.group_size)
+            cost = m.cost * profile.document.gain.mean
+            points.append(CurvePoint(name, **asdict(m.option), error=m.error, fitted_error=fitted, kl_nats=cost))
+    return points
+
+
+def compress_plan(
+    plan_path: Path, output: Path, progress: Progress, profile_path: Path | None = None, device: str = "cpu"
+) -> Plan:
+    """Carry out plan.json into a checkpoint directory; resumes an interrupted run of the same plan."""
+    from allocator.plan import load_plan
+    from compressor.worker import check_output
+
+    plan = load_plan(plan_path)
+    check_output(output)
+    execute(plan, find_profile(plan, plan_path, profile_path), output, progress, device)
+    return plan
+
+
+def execute(plan: Plan, profile: Profile, output: Path, progress: Progress, device: str = "cpu") -> None:
+    """Carry out a plan made from `profile`. Raises `PlanError` when the model's weights are not the plan's."""
+    from compressor.worker import compress
+    from profiler.checkpoint import find_model, weights_sha256
+    from profiler.layers import load_model
+    from profiler.stream import block_works
+
+    ref = find_model(plan.model.id)
+    if weights_sha256(ref) != plan.model.weights_sha256:
+        raise PlanError(f"the weights of {ref.id} are not those the plan was made for; profile this model and plan again")
+    loaded = load_model(ref, device)
+    kept = {name: tensor.cpu() for name, tensor in loaded.kept_tensors()}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".bitrank-", dir=output.parent) as folder:
+        blocks = block_works(loaded, profile.calibration_tokens(), Path(folder))
+        compress(plan, blocks, kept, ref.path, output, progress, len(loaded.block_names))
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A model against its reference on one text."""
+
+    model: str
+    reference: str
+    text: str
+    kl_nats: float
+    kl_standard_error: float
+    perplexity: float
+    reference_perplexity: float
+    logits_cosine: float
+    top1_agreement: float
+    tokens: int
+    tokens_per_second: float
+    tensor_bytes: int
+    samples: tuple[SamplePair, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePair:
+    """The same prompt continued by both models, greedily."""
+
+    prompt: str
+    reference: str
+    compressed: str
+
+
+def evaluate_model(
+    model: str,
+    reference: str,
+    text: Path | None,
+    tokens: int,
+    progress: Progress,
+    prompts: Sequence[str] = (),
+    device: str = "cpu",
+) -> Evaluation:
+    """Measure `model` against `reference` on a text, or on text sampled from the reference where none is given."""
+    from profiler.calibration import sample_tokens, text_tokens
+    from profiler.checkpoint import DEMO, DEMO_PATH, find_model
+    from profiler.layers import load_model
+
+    original = load_model(find_model(reference), device)
+    if text is None and reference == DEMO:
+        text = DEMO_PATH / "evaluation.txt"
+    if text is not None:
+        tokens_NT, source = text_tokens(original, text, tokens), text.name
+    else:
+        tokens_NT, source = sample_tokens(original, tokens, 1, progress), "sampled from the reference"
+    return evaluate_loaded(load_model(find_model(model), device), original, tokens_NT, source, progress, prompts)
+
+
+def evaluate_loaded(
+    compressed: LoadedModel,
+    original: LoadedModel,
+    tokens_NT: Tensor,
+    source: str,
+    progress: Progress,
+    prompts: Sequence[str] = (),
+) -> Evaluation:
+    from profiler.checkpoint import tensor_bytes
+    from profiler.evaluation import generate, live_logits, measure, tokens_per_second
+
+    vocabularies = [m.model.config.get_text_config().vocab_size for m in (compressed, original)]
+    if vocabularies[0] != vocabularies[1]:
+        raise BitrankError(
+            f"{compressed.ref.id} has {vocabularies[0]} tokens and {original.ref.id} has {vocabularies[1]};"
+            " only models of one vocabulary can be compared"
+        )
+    found: Fidelity = measure(compressed.model, live_logits(original.model), tokens_NT, progress)
+    return Evaluation(
+        model=compressed.ref.id,
+        reference=original.ref.id,
+        text=source,
+        **asdict(found),
+        tokens_per_second=tokens_per_second(compressed),
+        tensor_bytes=tensor_bytes(compressed.ref.path),
+        samples=tuple(SamplePair(p, generate(original, p), generate(compressed, p)) for p in prompts),
+    )

@@ -1,0 +1,1 @@
+"""Tensors: quantizers, low-rank factors, packing, the compressed layer, the transformers plug-in, the worker."""

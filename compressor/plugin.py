@@ -1,0 +1,75 @@
+"""The transformers plug-in: importing this module lets `from_pretrained` load checkpoints that bitrank wrote.
+
+The checkpoint's config.json carries `quantization_config`: quant_method "bitrank", and for every compressed layer
+its (bits, rank, group_size, factor_bits). Without this import transformers does not know the method, takes the
+packed `weight` for a plain one and stops at its shape.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from allocator.storage import Option
+from compressor.experts import unstack_experts
+from compressor.linear import CompressedLinear
+
+METHOD = "bitrank"
+FORMAT_VERSION = 1
+
+
+@register_quantization_config(METHOD)
+class BitrankConfig(QuantizationConfigMixin):
+    """Options by layer name, as stored in config.json."""
+
+    def __init__(self, layers: dict[str, Any], format_version: int = FORMAT_VERSION, **unused: Any) -> None:
+        if format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"the checkpoint has bitrank format {format_version}, this version reads up to {FORMAT_VERSION};"
+                " upgrade bitrank"
+            )
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.layers = layers
+
+    def options(self) -> dict[str, Option]:
+        return {name: Option(**option) for name, option in self.layers.items()}
+
+
+@register_quantizer(METHOD)
+class BitrankQuantizer(HfQuantizer):
+    """Puts a `CompressedLinear` wherever the config names a layer, before the weights are read."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        replace_layers(model, self.quantization_config.options())
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        return model
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def replace_layers(model: nn.Module, options: dict[str, Option]) -> None:
+    """Swap the named linear layers for empty compressed ones, on the device they are on (usually meta)."""
+    if any(".experts." in name for name in options):
+        unstack_experts(model)
+    for name, option in options.items():
+        linear = model.get_submodule(name)
+        rows, columns = linear.weight.T.shape if isinstance(linear, Conv1D) else linear.weight.shape
+        with linear.weight.device:
+            layer = CompressedLinear(rows, columns, option, bias=linear.bias is not None)
+        if layer.bias is not None:
+            layer.bias.data = linear.bias.data
+        model.set_submodule(name, layer)

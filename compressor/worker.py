@@ -1,0 +1,179 @@
+"""The worker: executes a plan block by block and writes a checkpoint that transformers loads.
+
+What lives here: decomposing the layers of a block as the plan says, writing each block as one safetensors shard,
+resuming, and finishing the directory. Where weights and Hessians come from is the caller's: it hands over one
+`BlockWork` at a time, so that only one block is in memory.
+
+Files. Everything is written to `<output>.partial`; a finished block's shard carries the plan's digest, so that a
+later run with the same plan skips it, and the directory takes its final name when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from allocator.atomic import write_atomically
+from allocator.errors import BitrankError
+from allocator.plan import Plan, PlanLayer
+from allocator.storage import KEEP_BITS
+from compressor.decompose import ROUNDS, Curvature, decompose
+from compressor.linear import layer_tensors
+from compressor.plugin import FORMAT_VERSION, METHOD
+
+INDEX = "model.safetensors.index.json"
+AUXILIARY = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
+
+
+class WorkError(BitrankError):
+    """The plan cannot be carried out here; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWork:
+    """One layer to decompose: W (O, I) float32 and the Hessian of its input (I, I)."""
+
+    name: str
+    weight_OI: Tensor
+    hessian_II: Tensor
+    stored: Tensor
+    """The weight as the checkpoint stores it, for a layer that the plan keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWork:
+    """One block's layers; `layers` is called only if the block is not finished yet."""
+
+    index: int
+    layers: Callable[[], list[LayerWork]]
+
+
+def compress(
+    plan: Plan,
+    blocks: Iterable[BlockWork],
+    kept: dict[str, Tensor],
+    source: Path,
+    output: Path,
+    progress: Callable[[str, int, int], None],
+    block_count: int,
+) -> None:
+    """Write the checkpoint that `plan` describes to `output`, which must not exist or be empty.
+
+    kept: the tensors no option touches; source: the original directory, whose configuration and tokenizer are
+    copied. Raises `WorkError` when the output is occupied or the tensors are not the plan's.
+    """
+    check_output(output)
+    if {name: t.numel() * t.element_size() for name, t in kept.items()} != plan.kept:
+        raise WorkError("the model's uncompressed tensors differ from the plan's; make the plan again")
+    partial = output.with_name(f"{output.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(plan.model_dump_json().encode()).hexdigest()
+    shards = [shard_name(index, block_count) for index in range(block_count + 1)]
+    if not is_finished(partial / shards[0], digest):
+        write_shard(partial / shards[0], kept, digest)
+    for block in blocks:
+        shard = partial / shards[block.index + 1]
+        if not is_finished(shard, digest):
+            write_shard(shard, compress_block(plan, block.layers()), digest)
+        progress("compressing", block.index + 1, block_count)
+    finish(plan, partial, shards, source)
+    if output.exists():
+        output.rmdir()
+    partial.rename(output)
+
+
+def check_output(output: Path) -> None:
+    """Raise `WorkError` unless `output` is free."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise WorkError(f"{output} already exists and is not empty; choose another directory or remove it")
+
+
+def shard_name(index: int, block_count: int) -> str:
+    return f"model-{index + 1:05d}-of-{block_count + 1:05d}.safetensors"
+
+
+def compress_block(plan: Plan, layers: list[LayerWork]) -> dict[str, Tensor]:
+    """Every stored tensor of one block's layers, by full name."""
+    tensors: dict[str, Tensor] = {}
+    curvatures: dict[int, Curvature] = {}
+    for work in layers:
+        planned = plan.layers[work.name]
+        if planned.bits == KEEP_BITS:
+            stored = {"weight": work.stored.contiguous()}
+        else:
+            key = id(work.hessian_II)
+            if key not in curvatures:
+                curvatures[key] = Curvature.of(work.hessian_II)
+            ((_, decomposition),) = decompose([work.weight_OI], curvatures[key], [planned.option], ROUNDS)
+            stored = layer_tensors(decomposition)
+        _check_bytes(work.name, planned, stored)
+        tensors |= {f"{work.name}.{name}": tensor.cpu() for name, tensor in stored.items()}
+    return tensors
+
+
+def _check_bytes(name: str, planned: PlanLayer, stored: dict[str, Tensor]) -> None:
+    written = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    if written != planned.bytes:
+        raise WorkError(
+            f"{name} takes {written:,} bytes but the plan says {planned.bytes:,}; make the plan again"
+        )
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor], digest: str) -> None:
+    write_atomically(path, save(tensors, metadata={"format": "pt", "plan_sha256": digest}))
+
+
+def is_finished(path: Path, digest: str) -> bool:
+    """Whether `path` is a whole shard of this plan."""
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, framework="pt") as shard:
+            return (shard.metadata() or {}).get("plan_sha256") == digest
+    except SafetensorError:
+        return False
+
+
+def finish(plan: Plan, partial: Path, shards: list[str], source: Path) -> None:
+    """Write the shard index and the configuration, and copy the tokenizer."""
+    weight_map: dict[str, str] = {}
+    for shard in shards:
+        with safe_open(partial / shard, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  safe_open is not a mapping
+                weight_map[name] = shard
+    for pattern in AUXILIARY:
+        for file in source.glob(pattern):
+            if file.name not in ("config.json", INDEX):
+                shutil.copyfile(file, partial / file.name)
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = quantization_config(plan)
+    write_json(partial / "config.json", config)
+    write_json(
+        partial / INDEX, {"metadata": {"total_size": plan.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    )
+
+
+def quantization_config(plan: Plan) -> dict[str, Any]:
+    """What config.json says of the compressed layers; see `plugin.py`."""
+    return {
+        "quant_method": METHOD,
+        "format_version": FORMAT_VERSION,
+        "layers": {
+            name: layer.model_dump(include={"bits", "rank", "group_size", "factor_bits"})
+            for name, layer in plan.layers.items()
+            if layer.bits != KEEP_BITS
+        },
+    }
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(document, indent=2) + "\n").encode())

@@ -1,0 +1,317 @@
+"""Calibration: tokens, and the statistics of every layer over them.
+
+What lives here: token windows from a text or from the model itself, the second moment of every layer's input
+(H = mean x xᵀ) and the second moment of every layer's output gradient, and the inputs of every block, kept on disk.
+
+Letters: N windows, T tokens of a window, d hidden size, O rows and I columns of a layer.
+
+The gradient is of −Σ log p(ŷ) with ŷ drawn from the model's own distribution, so its second moment G is the Fisher
+information of the layer's output, and ½·tr(G ΔW H ΔWᵀ), summed over layers, is the second-order estimate of the KL
+divergence per token (Martens and Grosse, K-FAC, arXiv 1503.05671, with both factors per layer). Only diag G is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from allocator.errors import BitrankError
+from profiler.layers import Layer, LoadedModel
+
+WINDOWS_PER_BATCH = 4
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, the steps done and the steps in all."""
+
+
+class CalibrationError(BitrankError):
+    """The calibration text is empty, too short, or cannot be tokenized."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """A `Progress` that says nothing."""
+
+
+def text_tokens(loaded: LoadedModel, path: Path, count: int) -> Tensor:
+    """int64 (N, T) windows from a UTF-8 text, spread evenly over it; at most `count` tokens."""
+    if loaded.tokenizer is None:
+        raise CalibrationError(
+            f"{loaded.ref.id} has no tokenizer, so {path} cannot be read; leave --calibration out"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"cannot read {path} as UTF-8 text ({error})") from error
+    if not text.strip():
+        raise CalibrationError(f"{path} is empty; give at least {loaded.window} tokens of text")
+    return windows(loaded, text, count, str(path))
+
+
+def windows(loaded: LoadedModel, text: str, count: int, source: str) -> Tensor:
+    """int64 (N, T): `text` cut into windows, at most `count` tokens, taken evenly from start to end."""
+    tokens = torch.tensor(loaded.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+    if len(tokens) < loaded.window:
+        raise CalibrationError(
+            f"{source} has {len(tokens)} tokens; give at least {loaded.window}, one window"
+        )
+    tokens_NT = tokens[: len(tokens) // loaded.window * loaded.window].view(-1, loaded.window)
+    wanted = min(len(tokens_NT), max(1, count // loaded.window))
+    return tokens_NT[torch.linspace(0, len(tokens_NT) - 1, wanted).round().long()]
+
+
+@torch.inference_mode()
+def sample_tokens(loaded: LoadedModel, count: int, seed: int, progress: Progress = silent) -> Tensor:
+    """int64 (N, T) drawn from the model itself at temperature 1, the same for the same seed and machine.
+
+    Starts from the beginning-of-text token, or from a uniform one where the model has none.
+    """
+    generator = torch.Generator(device=loaded.device).manual_seed(seed)
+    number = max(1, count // loaded.window)
+    start = loaded.model.config.bos_token_id
+    vocabulary = loaded.model.config.get_text_config().vocab_size
+    batches = []
+    for first in range(0, number, 32):
+        size = min(32, number - first)
+        if isinstance(start, int) and start < vocabulary:
+            token_N1 = torch.full((size, 1), start, device=loaded.device)
+        else:
+            token_N1 = torch.randint(vocabulary, (size, 1), generator=generator, device=loaded.device)
+        drawn, cache = [token_N1], None
+        for _ in range(loaded.window - 1):
+            output = loaded.model(token_N1, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            probability_NV = output.logits[:, -1].float().softmax(-1)
+            token_N1 = torch.multinomial(probability_NV, 1, generator=generator)
+            drawn.append(token_N1)
+        batches.append(torch.cat(drawn, dim=1).cpu())
+        progress("sampling calibration text", first + size, number)
+    return torch.cat(batches)
+
+
+def tokens_sha256(tokens_NT: Tensor) -> str:
+    return hashlib.sha256(tokens_NT.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """How the model calls a block, beside its hidden states: the same for every batch of one size."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def __call__(self, block: nn.Module, hidden_NTd: Tensor) -> Tensor:
+        output = block(hidden_NTd, *self.arguments, **self.keywords)
+        return output if isinstance(output, Tensor) else output[0]
+
+
+class BlockInputs:
+    """The input of one block for every calibration window, a float32 file (N, T, d) read batch by batch."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+        self.path, self.shape = path, shape
+
+    def write(self, first: int, hidden_NTd: Tensor) -> None:
+        mode = "r+" if self.path.exists() else "w+"
+        array = np.memmap(self.path, np.float32, mode, shape=self.shape)
+        array[first : first + len(hidden_NTd)] = hidden_NTd.float().cpu().numpy()
+        array.flush()
+
+    def batches(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        for first in range(0, self.shape[0], WINDOWS_PER_BATCH):
+            array = np.memmap(self.path, np.float32, "r", shape=self.shape)
+            yield first, torch.from_numpy(array[first : first + WINDOWS_PER_BATCH].copy()).to(device)
+
+
+@contextmanager
+def captured_inputs(loaded: LoadedModel) -> Iterator[dict[int, tuple[Tensor, BlockCall]]]:
+    """While open, every forward pass leaves each block's hidden states and call here."""
+    seen: dict[int, tuple[Tensor, BlockCall]] = {}
+    handles = []
+
+    def capture(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            keywords = {k: v for k, v in keywords.items() if k not in ("past_key_values", "use_cache")}
+            if arguments:
+                hidden, rest = arguments[0], arguments[1:]
+            else:
+                hidden, rest = keywords.pop("hidden_states"), ()
+            seen[index] = (hidden.detach(), BlockCall(rest, keywords))
+
+        return hook
+
+    for index, block in enumerate(loaded.blocks):
+        handles.append(block.register_forward_pre_hook(capture(index), with_kwargs=True))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def block_calls(loaded: LoadedModel, tokens_NT: Tensor) -> dict[int, list[BlockCall]]:
+    """How each block is called, by batch size: full batches, then a short last one."""
+    calls: dict[int, list[BlockCall]] = {}
+    sizes = {min(WINDOWS_PER_BATCH, len(tokens_NT)), len(tokens_NT) % WINDOWS_PER_BATCH} - {0}
+    for size in sizes:
+        with captured_inputs(loaded) as seen, torch.no_grad():
+            loaded.model(tokens_NT[:size].to(loaded.device), use_cache=False)
+        calls[size] = [seen[index][1] for index in range(len(loaded.block_names))]
+    return calls
+
+
+def gradient_moments(
+    loaded: LoadedModel, tokens_NT: Tensor, seed: int, inputs: list[BlockInputs], progress: Progress = silent
+) -> dict[str, Tensor]:
+    """diag G of every layer, float32 (O,) per token of calibration, and every block's inputs written to `inputs`.
+
+    One forward pass without a graph, then block by block backwards, each recomputed from its input, so that only
+    one block's activations are held.
+    """
+    generator = torch.Generator(device=loaded.device).manual_seed(seed)
+    total = {
+        layer.name: torch.zeros(layer.rows, dtype=torch.float64, device=loaded.device)
+        for layer in loaded.layers
+    }
+    for first in range(0, len(tokens_NT), WINDOWS_PER_BATCH):
+        batch_NT = tokens_NT[first : first + WINDOWS_PER_BATCH].to(loaded.device)
+        with captured_inputs(loaded) as seen:
+            gradient = _output_gradient(loaded, batch_NT, generator)
+        for index in reversed(range(len(loaded.block_names))):
+            hidden, call = seen.pop(index)
+            inputs[index].write(first, hidden)
+            gradient = _block_gradient(loaded, index, call, hidden, gradient, total)
+        progress("gradients", min(first + WINDOWS_PER_BATCH, len(tokens_NT)), len(tokens_NT))
+    return {name: (moment / tokens_NT.numel()).float() for name, moment in total.items()}
+
+
+def _output_gradient(loaded: LoadedModel, batch_NT: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient of −Σ log p(ŷ) by the last block's output."""
+    leaves: list[Tensor] = []
+
+    def cut(module: nn.Module, arguments: Any, output: Any) -> Any:
+        hidden = (output if isinstance(output, Tensor) else output[0]).detach().requires_grad_()
+        leaves.append(hidden)
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    handle = loaded.blocks[-1].register_forward_hook(cut)
+    try:
+        logits_NTV = loaded.model(batch_NT, use_cache=False).logits.float()
+    finally:
+        handle.remove()
+    logits_nV = logits_NTV.flatten(0, 1)
+    drawn_n = torch.multinomial(logits_nV.detach().softmax(-1), 1, generator=generator).squeeze(1)
+    F.cross_entropy(logits_nV, drawn_n, reduction="sum").backward()
+    gradient = leaves[0].grad
+    assert gradient is not None
+    return gradient
+
+
+def _block_gradient(
+    loaded: LoadedModel,
+    index: int,
+    call: BlockCall,
+    hidden_NTd: Tensor,
+    gradient_NTd: Tensor,
+    total: dict[str, Tensor],
+) -> Tensor:
+    """Add the squared output gradients of the block's layers to `total`; the gradient by the block's input."""
+
+    def watch(name: str) -> Callable[..., None]:
+        def add(gradient: Tensor) -> None:
+            total[name] += gradient.flatten(0, -2).square().sum(dim=0)
+
+        def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
+            output.register_hook(add)
+
+        return hook
+
+    handles = [
+        loaded.model.get_submodule(layer.name).register_forward_hook(watch(layer.name))
+        for layer in loaded.layers_of(index)
+    ]
+    hidden_NTd = hidden_NTd.requires_grad_()
+    try:
+        call(loaded.blocks[index], hidden_NTd).backward(gradient_NTd)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert hidden_NTd.grad is not None
+    return hidden_NTd.grad
+
+
+@dataclass(frozen=True, slots=True)
+class InputMoment:
+    """H = mean x xᵀ (I, I), float32, over `count` tokens, and the layers that share this input."""
+
+    layers: tuple[Layer, ...]
+    hessian_II: Tensor
+    count: int
+
+
+@torch.no_grad()
+def input_moments(
+    loaded: LoadedModel,
+    index: int,
+    calls: dict[int, list[BlockCall]],
+    inputs: BlockInputs,
+    outputs: BlockInputs | None = None,
+) -> list[InputMoment]:
+    """H of every distinct input in a block, from the block's stored inputs; writes the block's outputs if asked.
+
+    A layer that no token reached (an expert never routed to) has H = I, so that its plain weight error counts.
+    """
+    layers = loaded.layers_of(index)
+    order: list[str] = []
+    leader: dict[str, str] = {}
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    live: dict[int, tuple[Tensor, str]] = {}
+
+    def watch(layer: Layer) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0]
+            known = live.get(id(x))
+            first = known[1] if known is not None and known[0] is x else layer.name
+            live[id(x)] = (x, first)
+            if leader.setdefault(layer.name, first) != layer.name:
+                return
+            x_nI = x.flatten(0, -2).float()
+            if layer.name not in sums:
+                sums[layer.name] = torch.zeros(layer.columns, layer.columns, device=x.device)
+                counts[layer.name] = 0
+            sums[layer.name].addmm_(x_nI.T, x_nI)
+            counts[layer.name] += len(x_nI)
+
+        return hook
+
+    handles = []
+    for layer in layers:
+        order.append(layer.name)
+        handles.append(loaded.model.get_submodule(layer.name).register_forward_pre_hook(watch(layer)))
+    try:
+        for first, hidden_NTd in inputs.batches(loaded.device):
+            live.clear()
+            output = calls[len(hidden_NTd)][index](loaded.blocks[index], hidden_NTd)
+            if outputs is not None:
+                outputs.write(first, output)
+    finally:
+        for handle in handles:
+            handle.remove()
+    moments = []
+    for name in order:
+        if leader.get(name, name) != name:
+            continue
+        members = tuple(layer for layer in layers if leader.get(layer.name, layer.name) == name)
+        if name in sums:
+            moments.append(InputMoment(members, sums[name] / counts[name], counts[name]))
+        else:
+            moments.append(InputMoment(members, torch.eye(members[0].columns, device=loaded.device), 0))
+    return moments

@@ -1,0 +1,135 @@
+"""A model on disk: where it is, whether it is whole, what its weights hash to. Loading it is in `layers.py`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from allocator.errors import BitrankError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DEMO = "demo"
+DEMO_PATH = Path(__file__).parent / "demo"
+
+
+class ModelError(BitrankError):
+    """The model cannot be used; the message says what is wrong with it and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A model id as the user wrote it and the directory that holds it."""
+
+    id: str
+    path: Path
+    revision: str | None = None
+
+
+def find_model(model: str) -> ModelRef:
+    """Resolve `demo`, a directory, or a hub id (downloading its safetensors, never pickles or code)."""
+    if model == DEMO:
+        return ModelRef(DEMO, DEMO_PATH)
+    path = Path(model)
+    if path.is_dir():
+        ref = ModelRef(model, path)
+        check_files(ref)
+        return ref
+    if path.is_absolute() or model.startswith(".") or model.count("/") > 1 or path.exists():
+        raise ModelError(
+            f"no model directory at {model}; give a directory with config.json, a hub id, or 'demo'"
+        )
+    return _download(model)
+
+
+def _download(model: str) -> ModelRef:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "tokenizer.model"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).split("\n")[0]
+        raise ModelError(
+            f"{model!r} is neither a directory nor a hub model that can be fetched ({reason}); check the spelling"
+        ) from error
+    ref = ModelRef(model, path, revision=path.name)
+    check_files(ref)
+    return ref
+
+
+def weight_files(ref: ModelRef) -> list[Path]:
+    """The safetensors shards of a checkpoint, in name order."""
+    index = ref.path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index} is not a readable shard index; copy the model again") from error
+        return [ref.path / name for name in names]
+    return sorted(ref.path.glob("*.safetensors"))
+
+
+def check_files(ref: ModelRef) -> None:
+    """Raise `ModelError` unless config and every shard are there and whole."""
+    from safetensors import SafetensorError, safe_open
+
+    config = ref.path / "config.json"
+    if not config.exists():
+        raise ModelError(f"{ref.path} has no config.json; it is not a transformers model directory")
+    try:
+        json.loads(config.read_text())
+    except ValueError as error:
+        raise ModelError(f"{config} is not valid JSON ({error}); copy the model again") from error
+    files = weight_files(ref)
+    if not files:
+        if list(ref.path.glob("*.bin")) + list(ref.path.glob("*.pt")) + list(ref.path.glob("*.pth")):
+            raise ModelError(
+                f"{ref.path} holds only pickled weights, which can run code when loaded; "
+                "convert them to safetensors first"
+            )
+        raise ModelError(f"{ref.path} has no .safetensors weights; the model is missing or half downloaded")
+    for file in files:
+        if not file.exists():
+            raise ModelError(
+                f"shard {file.name} named by the index is missing from {ref.path}; copy the model again"
+            )
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is truncated or corrupt ({error}); copy the model again") from error
+
+
+def read_tensors(ref: ModelRef) -> dict[str, Tensor]:
+    """Every tensor of the checkpoint, memory-mapped."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in weight_files(ref) for name, tensor in load_file(file).items()}
+
+
+def weights_sha256(ref: ModelRef) -> str:
+    """Digest of names, dtypes, shapes and values, the same however the checkpoint is sharded.
+
+    Raises `ModelError` naming the first tensor that holds a NaN or an infinity.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(read_tensors(ref).items()):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"weight {name} of {ref.id} has NaN or infinite entries; the checkpoint is damaged"
+            )
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tensor_bytes(path: Path) -> int:
+    """Bytes of every tensor in a checkpoint's safetensors files."""
+    return sum(t.numel() * t.element_size() for t in read_tensors(ModelRef(str(path), path)).values())

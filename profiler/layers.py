@@ -1,0 +1,147 @@
+"""A loaded model and its layers: which matrices can be compressed, in which block, under which name.
+
+What lives here: loading (safetensors only, no remote code) and finding blocks and layers. Files are checked in
+`checkpoint.py`; statistics are in `calibration.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+import compressor.plugin  # noqa: F401  registers the checkpoint format
+from compressor.experts import unstack_experts
+from profiler.checkpoint import ModelError, ModelRef
+
+logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One compressible matrix. rows and columns are of W in y = Wx, whichever way the module stores it."""
+
+    name: str
+    block: int
+    projection: str
+    rows: int
+    columns: int
+    transposed: bool
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A causal LM in float32 (or the given dtype), evaluation mode, gradients off; `storage_dtype` is the
+    checkpoint's own."""
+
+    ref: ModelRef
+    model: PreTrainedModel
+    tokenizer: Any
+    storage_dtype: torch.dtype
+    block_names: tuple[str, ...]
+    layers: tuple[Layer, ...]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [self.model.get_submodule(name) for name in self.block_names]
+
+    @property
+    def window(self) -> int:
+        """Tokens per calibration window: 512, or the model's context if that is shorter."""
+        context = getattr(self.model.config, "max_position_embeddings", None) or 512
+        return min(512, int(context))
+
+    def layers_of(self, block: int) -> list[Layer]:
+        return [layer for layer in self.layers if layer.block == block]
+
+    def weight(self, layer: Layer) -> Tensor:
+        """W (O, I) in float32."""
+        weight = self.model.get_submodule(layer.name).weight.detach().float()
+        return weight.T.contiguous() if layer.transposed else weight
+
+    def kept_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every stored tensor that belongs to no layer's weight, tied weights once, in the storage dtype."""
+        tied = set(self.model.all_tied_weights_keys)
+        compressible = {f"{layer.name}.weight" for layer in self.layers}
+        for name, tensor in self.model.state_dict().items():
+            if name not in tied and name not in compressible:
+                yield name, tensor.to(self.storage_dtype) if tensor.is_floating_point() else tensor
+
+
+def load_model(ref: ModelRef, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load a causal LM. Raises `ModelError` for unknown architectures and for weights that do not fit the config."""
+    try:
+        config = AutoConfig.from_pretrained(ref.path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            ref.path, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:240]
+        raise ModelError(f"{ref.id} cannot be loaded as a causal language model ({reason})") from error
+    storage_dtype = model.dtype
+    unstack_experts(model)
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    block_names = find_blocks(model)
+    return LoadedModel(
+        ref, model, load_tokenizer(ref), storage_dtype, block_names, find_layers(model, block_names)
+    )
+
+
+def load_tokenizer(ref: ModelRef) -> Any | None:
+    """The model's tokenizer, or None where the directory has none (then calibration must be sampled)."""
+    try:
+        return AutoTokenizer.from_pretrained(ref.path, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def find_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Names of the transformer blocks: the members of the largest list of like modules."""
+    best: tuple[int, tuple[str, ...]] = (0, ())
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len({type(child) for child in module}) != 1:
+            continue
+        size = sum(parameter.numel() for parameter in module.parameters())
+        if size > best[0]:
+            best = (size, tuple(f"{name}.{index}" for index in range(len(module))))
+    if not best[1]:
+        raise ModelError(
+            f"no list of transformer blocks in {type(model).__name__}; its layout is not supported"
+        )
+    return best[1]
+
+
+def find_layers(model: nn.Module, block_names: tuple[str, ...]) -> tuple[Layer, ...]:
+    """Every linear layer of every block; refuses a block that hides weights in stacks of three dimensions."""
+    layers = []
+    for block, block_name in enumerate(block_names):
+        for name, module in model.get_submodule(block_name).named_modules():
+            full_name = f"{block_name}.{name}"
+            if isinstance(module, nn.Linear | Conv1D):
+                transposed = isinstance(module, Conv1D)
+                rows, columns = module.weight.T.shape if transposed else module.weight.shape
+                projection = re.sub(r"^(self_attn|attn\.attention|attn|attention|mlp)\.", "", name)
+                layers.append(Layer(full_name, block, projection, rows, columns, transposed))
+                continue
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() > 2:
+                    raise ModelError(
+                        f"{full_name}.{key} is a stack of matrices of shape {tuple(parameter.shape)} that bitrank"
+                        " cannot take apart; this architecture is not supported"
+                    )
+    return tuple(layers)

@@ -1,0 +1,465 @@
+"""The profile: one model measured once, from which every budget is planned.
+
+What lives here: the files of a profile directory, making one (resumable), and reading one as a `Menu`.
+
+    profile.json           schema version, digests, settings, versions, layers with sensitivity and fit, probes, gain
+    measurements.parquet   one row per layer and option: error (relative, squared) and cost (nats/token, uncalibrated)
+    calibration.safetensors  the token windows, so that a plan is carried out on what it was measured on
+    .work/                 while unfinished: statistics and finished layers
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from allocator.atomic import write_atomically
+from allocator.errors import BitrankError
+from allocator.plan import PlanModel
+from allocator.problem import LayerMenu, Menu
+from allocator.storage import KEEP, Option, layer_bytes
+from compressor.decompose import ROUNDS
+from profiler.calibration import (
+    BlockInputs,
+    CalibrationError,
+    Progress,
+    block_calls,
+    gradient_moments,
+    input_moments,
+    sample_tokens,
+    text_tokens,
+    tokens_sha256,
+)
+from profiler.checkpoint import DEMO, DEMO_PATH, ModelRef, weights_sha256
+from profiler.error_model import ErrorModel, fit_error_model
+from profiler.layers import Layer, LoadedModel, load_model
+from profiler.probes import PROBES, Gain, Probe, calibrate, keeper, measure_probes
+from profiler.sweep import (
+    BITS,
+    FACTOR_BITS,
+    GROUP_SIZES,
+    GridSettings,
+    LayerSweep,
+    Measurement,
+    default_ranks,
+    sweep_moment,
+)
+
+SCHEMA_VERSION = 1
+DEFAULT_TOKENS = 40_960
+PROBE_SHARE = 5
+"""One window in so many is held back from the statistics and measures the probes."""
+COLUMNS = ("layer", "bits", "rank", "group_size", "factor_bits", "error", "cost")
+
+
+class ProfileError(BitrankError):
+    """A profile directory cannot be used; the message says why and what to do."""
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CalibrationRecord(Frozen):
+    source: str
+    sha256: str
+    windows: int
+    probe_windows: int
+    window_tokens: int
+    seed: int
+
+
+class LayerRecord(Frozen):
+    """What the profile knows of one layer, beside its measurements."""
+
+    block: int
+    projection: str
+    rows: int
+    columns: int
+    original_bytes: int
+    signal: float
+    sensitivity: float
+    tokens: int
+    fit: ErrorModel
+
+
+class ProfileDocument(Frozen):
+    """profile.json."""
+
+    schema_version: int
+    model: PlanModel
+    architecture: str
+    storage_dtype: str
+    calibration: CalibrationRecord
+    grid: GridSettings
+    rounds: int
+    versions: dict[str, str]
+    measurements_sha256: str
+    layers: dict[str, LayerRecord]
+    kept: dict[str, int]
+    probes: tuple[Probe, ...]
+    gain: Gain
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A finished profile, as read from its directory."""
+
+    path: Path
+    sha256: str
+    document: ProfileDocument
+    measurements: dict[str, tuple[Measurement, ...]]
+
+    @cached_property
+    def menu(self) -> Menu:
+        """Every measured option and keeping the layer, with calibrated costs (nats/token)."""
+        layers = []
+        for name, record in self.document.layers.items():
+            measured = self.measurements[name]
+            options = (*(m.option for m in measured), KEEP)
+            sizes = [layer_bytes(record.rows, record.columns, o, record.original_bytes) for o in options]
+            cost = np.array([*(m.cost for m in measured), 0.0]) * self.document.gain.mean
+            error = np.array([*(m.error for m in measured), 0.0])
+            total_bytes = np.array(sizes, dtype=np.int64)
+            layers.append(
+                LayerMenu(
+                    name,
+                    record.rows,
+                    record.columns,
+                    record.original_bytes,
+                    options,
+                    total_bytes,
+                    error,
+                    cost,
+                )
+            )
+        return Menu(tuple(layers), self.document.kept)
+
+    @property
+    def interval_factors(self) -> tuple[float, float]:
+        """The 90 % prediction interval's ends as multiples of a prediction."""
+        gain = self.document.gain
+        return gain.low / gain.mean, gain.high / gain.mean
+
+    def calibration_tokens(self) -> Tensor:
+        """int64 (N, T): the windows the statistics are over, without those held back for probes."""
+        tokens_NT = load_file(self.path / "calibration.safetensors")["tokens"].long()
+        return tokens_NT[: self.document.calibration.windows]
+
+
+def load_profile(path: Path) -> Profile:
+    """Read a profile directory; raises `ProfileError` when it is missing, unfinished, damaged or newer."""
+    file = path / "profile.json"
+    if not file.exists():
+        hint = "it is unfinished, run `bitrank profile` again to resume" if (path / ".work").exists() else ""
+        raise ProfileError(
+            f"{path} is not a profile directory; {hint or 'give one that `bitrank profile` wrote'}"
+        )
+    data = file.read_bytes()
+    try:
+        version = json.loads(data)["schema_version"]
+        if version > SCHEMA_VERSION:
+            raise ProfileError(
+                f"{path} has profile schema {version}, this version reads up to {SCHEMA_VERSION}; upgrade bitrank"
+            )
+        document = ProfileDocument.model_validate_json(data)
+        table = (path / "measurements.parquet").read_bytes()
+        if hashlib.sha256(table).hexdigest() != document.measurements_sha256:
+            raise ProfileError(
+                f"{path}/measurements.parquet does not match profile.json; profile the model again"
+            )
+        rows = parquet.read_table(BytesIO(table)).to_pydict()
+    except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
+        if isinstance(error, ProfileError):
+            raise
+        reason = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
+        raise ProfileError(f"{path} is damaged ({reason}); profile the model again") from error
+    measurements: dict[str, list[Measurement]] = {}
+    for layer, bits, rank, group_size, factor_bits, error_value, cost in zip(
+        *(rows[c] for c in COLUMNS), strict=True
+    ):
+        option = Option(bits, rank, group_size, factor_bits)
+        measurements.setdefault(layer, []).append(Measurement(option, error_value, cost))
+    return Profile(
+        path, hashlib.sha256(data).hexdigest(), document, {k: tuple(v) for k, v in measurements.items()}
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileSettings:
+    """How to profile. `calibration` None samples text from the model itself; ranks None picks them by width."""
+
+    calibration: Path | None = None
+    tokens: int = DEFAULT_TOKENS
+    seed: int = 0
+    device: str = "cpu"
+    bits: tuple[int, ...] = BITS
+    ranks: tuple[int, ...] | None = None
+    group_sizes: tuple[int, ...] = GROUP_SIZES
+    factor_bits: tuple[int, ...] = FACTOR_BITS
+    rounds: int = ROUNDS
+
+
+def build_profile(ref: ModelRef, output: Path, settings: ProfileSettings, progress: Progress) -> Profile:
+    """Profile a model into `output`, resuming an interrupted run of the same settings.
+
+    A finished profile of the same model and settings is returned as it is. Raises `ProfileError` when the directory
+    holds something else.
+    """
+    weights = weights_sha256(ref)
+    loaded = load_model(ref, settings.device)
+    grid = grid_of(loaded, settings)
+    request = json.dumps(
+        {"weights": weights, "grid": asdict(grid), "settings": describe(settings)}, sort_keys=True
+    )
+    work = prepare(output, request)
+    if work is None:
+        return load_profile(output)
+    tokens_NT, source = calibration_tokens(loaded, settings, work, progress)
+    probe_windows = len(tokens_NT) // PROBE_SHARE
+    fitting_NT, probe_NT = (
+        tokens_NT[: len(tokens_NT) - probe_windows],
+        tokens_NT[len(tokens_NT) - probe_windows :],
+    )
+    inputs = block_inputs(loaded, fitting_NT, work)
+    moments = gradient_statistics(loaded, fitting_NT, settings.seed, inputs, work, progress)
+    sweeps = sweep_blocks(loaded, fitting_NT, grid, settings.rounds, inputs, moments, work, progress)
+    original_bytes = loaded.storage_dtype.itemsize
+    kept = {name: t.numel() * t.element_size() for name, t in loaded.kept_tensors()}
+    probes = probe(loaded, probe_NT, sweeps, work, progress)
+    table = measurements_table(sweeps)
+    document = ProfileDocument(
+        schema_version=SCHEMA_VERSION,
+        model=PlanModel(id=ref.id, revision=ref.revision, weights_sha256=weights),
+        architecture=type(loaded.model).__name__,
+        storage_dtype=str(loaded.storage_dtype).removeprefix("torch."),
+        calibration=CalibrationRecord(
+            source=source,
+            sha256=tokens_sha256(tokens_NT),
+            windows=len(fitting_NT),
+            probe_windows=probe_windows,
+            window_tokens=tokens_NT.shape[1],
+            seed=settings.seed,
+        ),
+        grid=grid,
+        rounds=settings.rounds,
+        versions={
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+        }
+        | {"python": platform.python_version()},
+        measurements_sha256=hashlib.sha256(table).hexdigest(),
+        layers={sweep.layer.name: layer_record(sweep, original_bytes) for sweep in sweeps},
+        kept=kept,
+        probes=tuple(probes),
+        gain=calibrate(probes),
+    )
+    write_atomically(output / "calibration.safetensors", save({"tokens": tokens_NT.int()}))
+    write_atomically(output / "measurements.parquet", table)
+    write_atomically(output / "profile.json", (document.model_dump_json(indent=1) + "\n").encode())
+    shutil.rmtree(work)
+    return load_profile(output)
+
+
+def grid_of(loaded: LoadedModel, settings: ProfileSettings) -> GridSettings:
+    ranks = default_ranks(loaded.layers) if settings.ranks is None else settings.ranks
+    rank_groups = tuple(g for g in settings.group_sizes if g == 64) or settings.group_sizes[:1]
+    return GridSettings(settings.bits, ranks, settings.group_sizes, rank_groups, settings.factor_bits)
+
+
+def describe(settings: ProfileSettings) -> dict[str, Any]:
+    """The settings that the result depends on, beside the grid."""
+    calibration = (
+        "" if settings.calibration is None else hashlib.sha256(_bytes(settings.calibration)).hexdigest()
+    )
+    return {
+        "calibration": calibration,
+        "tokens": settings.tokens,
+        "seed": settings.seed,
+        "rounds": settings.rounds,
+    }
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CalibrationError(f"cannot read {path} ({error.strerror}); give a UTF-8 text file") from error
+
+
+def prepare(output: Path, request: str) -> Path | None:
+    """The work folder for this request, emptied of any other's; None where the profile is already finished."""
+    finished, work = output / "profile.json", output / ".work"
+    asked = output / "request.json"
+    if finished.exists():
+        if asked.exists() and asked.read_text() == request:
+            return None
+        raise ProfileError(f"{output} already holds another profile; choose another directory or remove it")
+    if output.exists() and (not output.is_dir() or {p.name for p in output.iterdir()} - _UNFINISHED):
+        raise ProfileError(f"{output} already exists and is not empty; choose another directory or remove it")
+    if not asked.exists() or asked.read_text() != request:
+        shutil.rmtree(work, ignore_errors=True)
+    (work / "layers").mkdir(parents=True, exist_ok=True)
+    (work / "probes").mkdir(exist_ok=True)
+    write_atomically(asked, request.encode())
+    return work
+
+
+_UNFINISHED = {".work", "request.json", "calibration.safetensors", "measurements.parquet"}
+
+
+def calibration_tokens(
+    loaded: LoadedModel, settings: ProfileSettings, work: Path, progress: Progress
+) -> tuple[Tensor, str]:
+    """Token windows (N, T) and where they came from; at least three, so that one can be held back."""
+    if settings.calibration is not None:
+        tokens_NT, source = (
+            text_tokens(loaded, settings.calibration, settings.tokens),
+            settings.calibration.name,
+        )
+    elif loaded.ref.id == DEMO:
+        tokens_NT, source = (
+            text_tokens(loaded, DEMO_PATH / "calibration.txt", settings.tokens),
+            "sampled, shipped",
+        )
+    else:
+        source, file = "sampled from the model", work / "sampled.safetensors"
+        if not file.exists():
+            sampled = sample_tokens(loaded, settings.tokens, settings.seed, progress)
+            write_atomically(file, save({"tokens": sampled}))
+        tokens_NT = load_file(file)["tokens"]
+    if len(tokens_NT) < 3:
+        raise CalibrationError(
+            f"calibration has {tokens_NT.numel()} tokens; give at least {3 * loaded.window}, three windows"
+        )
+    order = torch.randperm(len(tokens_NT), generator=torch.Generator().manual_seed(settings.seed))
+    return tokens_NT[order], source
+
+
+def block_inputs(loaded: LoadedModel, tokens_NT: Tensor, work: Path) -> list[BlockInputs]:
+    hidden = loaded.model.get_input_embeddings().weight.shape[1]
+    hidden = getattr(loaded.model.config, "hidden_size", hidden)
+    shape = (len(tokens_NT), tokens_NT.shape[1], hidden)
+    return [BlockInputs(work / f"inputs-{index:05d}.f32", shape) for index in range(len(loaded.block_names))]
+
+
+def gradient_statistics(
+    loaded: LoadedModel,
+    tokens_NT: Tensor,
+    seed: int,
+    inputs: list[BlockInputs],
+    work: Path,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    file = work / "gradient_moments.safetensors"
+    if not file.exists():
+        found = gradient_moments(loaded, tokens_NT, seed, inputs, progress)
+        write_atomically(file, save({name: moment.cpu() for name, moment in found.items()}))
+    return {name: moment.to(loaded.device) for name, moment in load_file(file).items()}
+
+
+def sweep_blocks(
+    loaded: LoadedModel,
+    tokens_NT: Tensor,
+    grid: GridSettings,
+    rounds: int,
+    inputs: list[BlockInputs],
+    moments: dict[str, Tensor],
+    work: Path,
+    progress: Progress,
+) -> list[LayerSweep]:
+    """Every layer's sweep, in model order; layers with a file in `work` are read, not measured again."""
+
+    def file(layer: Layer) -> Path:
+        return work / "layers" / f"{layer.name}.json"
+
+    calls = block_calls(loaded, tokens_NT)
+    keep = keeper(work / "probes")
+    done = sum(file(layer).exists() for layer in loaded.layers)
+    progress("sweep", done, len(loaded.layers))
+    for index in range(len(loaded.block_names)):
+        if all(file(layer).exists() for layer in loaded.layers_of(index)):
+            continue
+        for moment in input_moments(loaded, index, calls, inputs[index]):
+            if all(file(layer).exists() for layer in moment.layers):
+                continue
+            for sweep in sweep_moment(loaded, moment, moments, grid, keep, rounds):
+                write_atomically(file(sweep.layer), json.dumps(asdict(sweep)).encode())
+                done = sum(file(layer).exists() for layer in loaded.layers)
+                progress("sweep", done, len(loaded.layers))
+    return [read_sweep(file(layer), layer) for layer in loaded.layers]
+
+
+def read_sweep(file: Path, layer: Layer) -> LayerSweep:
+    document = json.loads(file.read_text())
+    measurements = tuple(
+        Measurement(Option(**m["option"]), m["error"], m["cost"]) for m in document["measurements"]
+    )
+    return LayerSweep(layer, measurements, document["signal"], document["sensitivity"], document["tokens"])
+
+
+def probe(
+    loaded: LoadedModel, tokens_NT: Tensor, sweeps: Sequence[LayerSweep], work: Path, progress: Progress
+) -> list[Probe]:
+    """The probes whose option every layer was measured at."""
+    cost: Callable[[LayerSweep], dict[Option, float]] = lambda sweep: {
+        m.option: m.cost for m in sweep.measurements
+    }
+    costs = [cost(sweep) for sweep in sweeps]
+    predicted = {o: sum(c[o] for c in costs) for o in PROBES if all(o in c for c in costs)}
+    return measure_probes(loaded, tokens_NT, predicted, work / "probes", progress) if predicted else []
+
+
+def layer_record(sweep: LayerSweep, bytes_per_weight: int) -> LayerRecord:
+    layer = sweep.layer
+    return LayerRecord(
+        block=layer.block,
+        projection=layer.projection,
+        rows=layer.rows,
+        columns=layer.columns,
+        original_bytes=layer.weights * bytes_per_weight,
+        signal=sweep.signal,
+        sensitivity=sweep.sensitivity,
+        tokens=sweep.tokens,
+        fit=fit_error_model(sweep.measurements, min(layer.rows, layer.columns)),
+    )
+
+
+def measurements_table(sweeps: Sequence[LayerSweep]) -> bytes:
+    rows = [
+        (
+            s.layer.name,
+            m.option.bits,
+            m.option.rank,
+            m.option.group_size,
+            m.option.factor_bits,
+            m.error,
+            m.cost,
+        )
+        for s in sweeps
+        for m in s.measurements
+    ]
+    table = pa.table(
+        {name: list(column) for name, column in zip(COLUMNS, zip(*rows, strict=True), strict=True)}
+    )
+    buffer = BytesIO()
+    parquet.write_table(table, buffer)
+    return buffer.getvalue()
