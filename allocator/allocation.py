@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from allocator.constrained import ConstrainedProblem, constrain, constrain_near
+from allocator.constrained import ConstrainedProblem, constrain
 from allocator.constraints import (
     Constraints,
     infeasible,
@@ -58,8 +58,7 @@ def allocate(
     """
     constraints = constraints or Constraints()
     separate = replace(constraints, ties=(), auto_ties=False) if resources else constraints
-    coupled = bool(resources or constraints.devices or constraints.monotone)
-    constrained = (constrain if coupled else constrain_near)(menu, separate, total_bytes)
+    constrained = constrain(menu, separate, total_bytes)
     deadline = time.monotonic() + time_limit_seconds
     try:
         found = _solve(menu, constrained, constraints, resources, deadline)

@@ -1,12 +1,13 @@
 """An independent check of a solver's answer.
 
-What lives here: `verify`, which recomputes everything it says from the problem and the choice alone and shares no code
-with the solvers.
+What lives here: `verify`, which recomputes everything it says from the problem and the choice alone and
+shares no code with the solvers.
 
-For any λ ≥ 0, Σ over groups of min(cost + λ·bytes) − λ·budget is a lower bound on the cost of every feasible choice
-(weak duality): one pass over the options checks it, whoever proposed λ. The bound of an integer optimum is mostly a
-little lower than its cost. That remainder, `unexplained_gap`, is what a proof by enumeration claims beyond duality; it
-can be refuted here, by a better choice one move away, but not confirmed.
+For any λ ≥ 0, Σ over groups of min(cost + λ·bytes) − λ·budget is a lower bound on the cost of every feasible
+choice (weak duality): one pass over the options checks it, whoever proposed λ. The bound of an integer
+optimum is mostly a little lower than its cost. That remainder, `unexplained_gap`, is what a proof by
+enumeration claims beyond duality; it can be refuted here, by a better choice one move away, but not
+confirmed.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ ROUNDING = 8 * float(np.finfo(np.float64).eps)
 class Certificate:
     """What was found.
 
-    total_bytes, cost: of the choice, recomputed. feasible: every group has one of its own options and the bytes fit.
-    lower_bound: the Lagrangian bound at the shadow price, rounded down. gap = cost − lower_bound.
+    total_bytes, cost: of the choice, recomputed. feasible: every group has one of its own options and the
+    bytes fit. lower_bound: the Lagrangian bound at the shadow price, rounded down. gap = cost − lower_bound.
     unexplained_gap: the part of the claimed lower bound above that, which rests on the solver's search alone.
     faults: one sentence for each claim that does not hold.
     """
@@ -46,7 +47,8 @@ class Certificate:
 
 
 def verify(problem: Problem, solution: Solution) -> Certificate:
-    """Recomputes bytes, feasibility, cost and the Lagrangian bound; lists the claims of `solution` they contradict."""
+    """Recomputes bytes, feasibility, cost and the Lagrangian bound; lists the claims of `solution` they
+    contradict."""
     if fault := _malformed_choice(problem, solution.choice):
         return Certificate(0, math.nan, False, -math.inf, math.inf, math.inf, (fault,))
     taken = problem.start[:-1] + solution.choice

@@ -1,22 +1,20 @@
 """The knapsack that is left when constraints are respected, and the way back to one option per layer.
 
-What lives here: `ConstrainedProblem`, and `constrain` and `constrain_near`, which make it from a menu:
-forbidden options gone, tie groups merged. The constraints and their rules are `constraints.py`, the merging
-is `ties.py`, the reduced-cost fixing is `shortlist.py`.
+What lives here: `ConstrainedProblem`, and `constrain`, which makes it from a menu: forbidden options gone,
+tie groups merged. The constraints and their rules are `constraints.py`, the merging is `ties.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from allocator.constraints import Constraints, allowed_options, option_bits, tie_groups
-from allocator.errors import ContradictoryPinsError
+from allocator.errors import ContradictoryPinsError, InvalidProblemError
 from allocator.problem import Floats, Integers, Menu, Problem, Solution
-from allocator.shortlist import shortlist
-from allocator.ties import Mask, Member, Settled, TiedOptions, groups_per_chunk, tie
+from allocator.ties import Mask, Member, TiedOptions, groups_per_chunk, tie
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +22,7 @@ class Batch:
     """Tie groups of one shape: `layers` (M, B) int64 indices into the menu, and their merged options."""
 
     layers: Integers
-    options: TiedOptions | Settled
+    options: TiedOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,23 +70,6 @@ def constrain(menu: Menu, constraints: Constraints, total_bytes: int) -> Constra
         return _untied(menu, total_bytes)
     alike = _alike(menu, tie_groups(menu, constraints), allowed)
     batches = [batch for same in alike for batch in same.merged(by_bits=constraints.monotone is not None)]
-    return _assembled(menu, batches, total_bytes)
-
-
-def constrain_near(menu: Menu, constraints: Constraints, total_bytes: int) -> ConstrainedProblem:
-    """`constrain` without the options that no optimum at exactly `total_bytes` can take (`shortlist.py`).
-
-    Much smaller and of equal optimum, but good for this one budget, and neither for devices nor for monotone
-    bits.
-    """
-    allowed = allowed_options(menu, constraints.rules)
-    if not allowed and not constraints.ties and not constraints.auto_ties:
-        return _untied(menu, total_bytes)
-    alike = _alike(menu, tie_groups(menu, constraints), allowed)
-    return _assembled(menu, _shortlisted(alike, total_bytes - menu.kept_bytes), total_bytes)
-
-
-def _assembled(menu: Menu, batches: list[Batch], total_bytes: int) -> ConstrainedProblem:
     options = [batch.options for batch in batches]
     count = np.concatenate([option.count for option in options])
     problem = Problem(
@@ -106,7 +87,8 @@ def _untied(menu: Menu, total_bytes: int) -> ConstrainedProblem:
     problem = menu.problem(total_bytes)
     count = np.diff(problem.start)
     column = np.arange(len(problem.cost)) - np.repeat(problem.start[:-1], count)
-    bits = np.concatenate([option_bits(layer.options) for layer in menu.layers])
+    bits_of = _bits_by_options(menu)
+    bits = np.concatenate([bits_of[id(layer.options)] for layer in menu.layers])
     options = TiedOptions((), (), problem.cost, problem.size, bits, column, count)
     layers = np.arange(len(menu.layers))[None, :]
     return ConstrainedProblem(problem, bits, (Batch(layers, options),), len(menu.layers))
@@ -120,38 +102,24 @@ class Alike:
     layers: Integers
     members: tuple[Member, ...]
 
-    def take(self, groups: Integers, cost: Sequence[Floats]) -> Alike:
-        members = (Member(m.bits, m.size, c) for m, c in zip(self.members, cost, strict=True))
-        return Alike(self.layers[:, groups], tuple(members))
-
-    def merged(self, by_bits: bool = False) -> Iterator[Batch]:
+    def merged(self, by_bits: bool) -> Iterator[Batch]:
         """The merged batches, few enough groups at a time."""
         step = groups_per_chunk(tuple(member.bits for member in self.members))
         for first in range(0, self.layers.shape[1], step):
-            chunk = np.arange(first, min(first + step, self.layers.shape[1]))
-            part = self.take(chunk, [member.cost[:, first : first + step] for member in self.members])
-            yield Batch(part.layers, tie(part.members, by_bits))
-
-    def settled(self, options: Integers) -> Batch:
-        """The batch in which every member keeps one option, (M, B)."""
-        group = np.arange(self.layers.shape[1])
-        pairs = list(zip(self.members, options, strict=True))
-        cost = np.sum([member.cost[option, group] for member, option in pairs], axis=0)
-        size = np.sum([member.size[option] for member, option in pairs], axis=0)
-        return Batch(self.layers, Settled(options, cost, size, self.members[0].bits[options[0]]))
+            chunk = slice(first, first + step)
+            members = tuple(Member(m.bits, m.size, m.cost[:, chunk]) for m in self.members)
+            yield Batch(self.layers[:, chunk], tie(members, by_bits))
 
 
 def _alike(menu: Menu, groups: list[list[int]], allowed: dict[int, Mask]) -> list[Alike]:
     """Tie groups whose members offer equal bits and bytes, together. Raises `ContradictoryPinsError`."""
-    bits_of: dict[int, tuple[int, Integers]] = {}
-    distinct: dict[bytes, int] = {}
+    bits_of = _bits_by_options(menu)
+    offer_of: dict[bytes, int] = {}
+    offers = {key: offer_of.setdefault(bits.tobytes(), len(offer_of)) for key, bits in bits_of.items()}
     shape_of: dict[tuple[int, bytes], int] = {}
     shapes = []
     for layer in menu.layers:
-        if id(layer.options) not in bits_of:
-            bits = option_bits(layer.options)
-            bits_of[id(layer.options)] = distinct.setdefault(bits.tobytes(), len(distinct)), bits
-        key = bits_of[id(layer.options)][0], layer.total_bytes.tobytes()
+        key = offers[id(layer.options)], layer.total_bytes.tobytes()
         shapes.append(shape_of.setdefault(key, len(shape_of)))
     by_shape: dict[tuple[int, ...], list[list[int]]] = {}
     for group in groups:
@@ -161,12 +129,18 @@ def _alike(menu: Menu, groups: list[list[int]], allowed: dict[int, Mask]) -> lis
         layers = np.array(same, dtype=np.int64).T
         first = [menu.layers[row[0]] for row in layers]
         members = tuple(
-            Member(bits_of[id(layer.options)][1], layer.total_bytes, _costs(menu, row, allowed))
+            Member(bits_of[id(layer.options)], layer.total_bytes, _costs(menu, row, allowed))
             for layer, row in zip(first, layers, strict=True)
         )
         _check_shared_bits(menu, layers, members)
         found.append(Alike(layers, members))
     return found
+
+
+def _bits_by_options(menu: Menu) -> dict[int, Integers]:
+    """Bits of every distinct tuple of options, by its id: layers mostly share a few tuples."""
+    distinct = {id(layer.options): layer.options for layer in menu.layers}
+    return {key: option_bits(options) for key, options in distinct.items()}
 
 
 def _check_shared_bits(menu: Menu, layers: Integers, members: tuple[Member, ...]) -> None:
@@ -187,32 +161,19 @@ def _check_shared_bits(menu: Menu, layers: Integers, members: tuple[Member, ...]
     raise ContradictoryPinsError(f"tied layers share no bits: {offers}; loosen their pins or untie them")
 
 
-def _shortlisted(alike: Sequence[Alike], budget_bytes: int) -> list[Batch]:
-    """The batches with only the options that a better choice may take; whole where nothing fits the
-    budget."""
-    kept = shortlist([same.members for same in alike], budget_bytes)
-    if kept is None:
-        return [batch for same in alike for batch in same.merged()]
-    batches: list[Batch] = []
-    for same, masks in zip(alike, kept, strict=True):
-        open_groups = np.any([mask.sum(axis=0) > 1 for mask in masks], axis=0)
-        settled, unsettled = np.flatnonzero(~open_groups), np.flatnonzero(open_groups)
-        if len(settled):
-            options = np.array([mask[:, settled].argmax(axis=0) for mask in masks])
-            costs = [member.cost[:, settled] for member in same.members]
-            batches.append(same.take(settled, costs).settled(options))
-        if len(unsettled):
-            costs = [
-                np.where(mask[:, unsettled], member.cost[:, unsettled], np.inf)
-                for member, mask in zip(same.members, masks, strict=True)
-            ]
-            batches.extend(same.take(unsettled, costs).merged())
-    return batches
-
-
 def _costs(menu: Menu, layers: Integers, allowed: dict[int, Mask]) -> Floats:
     """Costs (K, B) of equal-shaped layers, infinite where an option is not allowed."""
+    first = menu.layers[layers[0]]
+    if not np.issubdtype(first.total_bytes.dtype, np.integer) or (first.total_bytes < 0).any():
+        raise InvalidProblemError(
+            f"{first.name!r} has sizes that are not whole, non-negative bytes; fix its menu"
+        )
     cost = np.array([menu.layers[index].cost for index in layers], dtype=np.float64)
+    if not np.isfinite(cost).all():
+        bad = menu.layers[layers[np.flatnonzero(~np.isfinite(cost).all(axis=1))[0]]]
+        raise InvalidProblemError(
+            f"{bad.name!r} has a cost that is not finite; profile it again or drop the option"
+        )
     for row, index in enumerate(layers.tolist()):
         if index in allowed:
             cost[row, ~allowed[index]] = np.inf

@@ -1,27 +1,34 @@
 """The integer search over the options that reduced-cost fixing leaves: meet in the middle.
 
-What lives here: `Core`, what is searched, and `search`, one pass over it with lists of bounded length.
+What lives here: `Core`, what is searched; `search`, one pass over it with lists of bounded length; and
+`integer_program`, the last resort where the lists outgrow every cap.
 
-A choice is worth its *excess* over the relaxation's bound: Σ reduced cost + λ·unused bytes, both never negative. Only
-groups with a surviving option can move, and a choice better than the incumbent has Σ reduced cost below its excess.
-Stages (the options of a group, or a ladder of groups, see below) join in order of their least reduced cost, each the
-shorter of two Pareto lists of (bytes more, Σ reduced cost); a list keeps no state beaten in both bytes and cost, nor
-one whose reduced cost reaches the incumbent's excess. Binary search pairs the lists (Horowitz & Sahni 1974), which
-lowers the incumbent, which shortens the lists. The pass is over when the next stage's least reduced cost reaches the
-excess. A list that outgrows its cap drops the states of highest reduced cost (a beam), and the least dropped bounds
-what may have been missed: a pass proves exactly what it claims, capped or not.
+A choice is worth its *excess* over the relaxation's bound: Σ reduced cost + λ·unused bytes, both never
+negative. Only groups with a surviving option can move, and a choice better than the incumbent has Σ reduced
+cost below its excess. Stages (the options of a group, or a ladder of groups, see below) join in order of
+their least reduced cost, each the shorter of two Pareto lists of (bytes more, Σ reduced cost); a list keeps
+no state beaten in both bytes and cost, nor one whose reduced cost reaches the incumbent's excess. Binary
+search pairs the lists (Horowitz & Sahni 1974), which lowers the incumbent, which shortens the lists. The pass
+is over when the next stage's least reduced cost reaches the excess. A list that outgrows its cap drops the
+states of highest reduced cost (a beam), and the least dropped bounds what may have been missed: a pass proves
+exactly what it claims, capped or not.
 
-Weights are divided by their greatest common divisor: the remainder of the slack can never be used and is charged to
-the bound. Groups with one surviving option each, of equal weight, form a *ladder*: of any k of them only the cheapest
-k matter, so a ladder is one integer count. That holds for identical layers above all, whose symmetric choices would
-otherwise multiply; identical groups with several options collapse in the lists, where equal bytes keep one state.
+Weights are divided by their greatest common divisor: the remainder of the slack can never be used and is
+charged to the bound. Groups with one surviving option each, of equal weight, form a *ladder*: of any k of
+them only the cheapest k matter, so a ladder is one integer count. That holds for identical layers above all,
+whose symmetric choices would otherwise multiply; identical groups with several options collapse in the lists,
+where equal bytes keep one state.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from time import perf_counter
 
 import numpy as np
@@ -33,30 +40,30 @@ EXPANSION_CAP = 1 << 22
 """Most states made at once, before pruning: 100 MB."""
 LADDER = 16
 """Most groups in one stage."""
+_STDOUT = Lock()
 _ZERO_BYTES, _ZERO_COST = np.zeros(1, dtype=np.int64), np.zeros(1)
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A decision: nothing, or one of m moves. bytes_more (m,) int64 and reduced_cost (m,) float64 ascending; move j
-    takes the candidates index[begin[j]:end[j]]."""
+    """A decision: nothing, or one of m moves. bytes_more (m,) int64, reduced_cost (m,) float64; move j takes
+    the candidates begin[j] … end[j] − 1 of the core, (m,) int64 each."""
 
     bytes_more: Integers
     reduced_cost: Floats
-    index: Integers
     begin: Integers
     end: Integers
-
-    def taken(self, move: int) -> Integers:
-        return self.index[self.begin[move] : self.end[move]]
 
 
 @dataclass(frozen=True, slots=True)
 class Core:
-    """Candidates in the order of their groups, bytes in units of their greatest common divisor.
+    """Candidates, those of a ladder and those of a group side by side, bytes in units of their common
+    divisor.
 
-    bytes_more (n,) int64, in units; slack: such units free; multiplier: cost per unit. waste: the excess that no
-    choice of the core avoids, λ·(slack mod unit).
+    bytes_more (n,) int64, in units; slack: such units free; multiplier: cost per unit. waste: the excess that
+    no choice of the core avoids, λ·(slack mod unit). ladders: how many of the candidates, the first ones, are
+    the only one of their group; they are ordered by bytes, then reduced cost, the others by group, then
+    reduced cost.
     """
 
     candidates: Candidates
@@ -64,6 +71,7 @@ class Core:
     slack: int
     multiplier: float
     waste: float
+    ladders: int
 
     @classmethod
     def of(cls, candidates: Candidates, slack_bytes: int, multiplier: float) -> Core:
@@ -71,71 +79,55 @@ class Core:
         unit = greatest_common_divisor(candidates.bytes_more) or abs(slack_bytes) + 1
         waste = multiplier * (slack_bytes % unit)
         grouped = candidates.take(np.argsort(candidates.group, kind="stable"))
-        return cls(grouped, grouped.bytes_more // unit, slack_bytes // unit, multiplier * unit, waste)
+        new = np.concatenate(([True], grouped.group[1:] != grouped.group[:-1], [True]))[-len(grouped) - 1 :]
+        alone = new[:-1] & new[1:]
+        single, several = np.flatnonzero(alone), np.flatnonzero(~alone)
+        single = single[np.lexsort((grouped.reduced_cost[single], grouped.bytes_more[single]))]
+        ordered = grouped.take(np.concatenate((single, several)))
+        units = ordered.bytes_more // unit
+        return cls(ordered, units, slack_bytes // unit, multiplier * unit, waste, len(single))
 
-    def stages(self, excess: float, most: int) -> tuple[list[Stage], float]:
-        """The first `most` stages by least reduced cost, and a lower bound on that of any left out."""
-        if excess <= 0 or not len(self.candidates):
-            return [], math.inf
+    def stages(self) -> list[tuple[float, int, int]]:
+        """(least reduced cost, first candidate, last candidate + 1) of every stage, by the first of these."""
+        key = np.concatenate((self.bytes_more[: self.ladders], self.candidates.group[self.ladders :]))
+        new = np.ones(len(key), dtype=np.bool_)
+        new[1:] = key[1:] != key[:-1]
+        new[self.ladders : self.ladders + 1] = True
+        first = np.flatnonzero(new)
+        last = np.append(first[1:], len(key))
+        long = np.flatnonzero((last - first > LADDER) & (first < self.ladders))
+        if len(long):
+            parts = [self._parts(int(first[row]), int(last[row])) for row in long]
+            first = np.concatenate((np.delete(first, long), *(begin for begin, _ in parts)))
+            last = np.concatenate((np.delete(last, long), *(end for _, end in parts)))
+        least = self.candidates.reduced_cost[first]
+        order = np.argsort(least, kind="stable")
+        return list(zip(least[order].tolist(), first[order].tolist(), last[order].tolist(), strict=True))
+
+    def _parts(self, first: int, last: int) -> tuple[Integers, Integers]:
+        """Cuts a long ladder: into runs, or, where all cost the same, into powers of two."""
         price = self.candidates.reduced_cost
-        first = np.flatnonzero(np.diff(self.candidates.group, prepend=-1))
-        count = np.diff(first, append=len(self.candidates))
-        stages = list(self._ladders(first[count == 1], excess))
-        wide = np.flatnonzero(count > 1)
-        wide = wide[np.argsort(price[first[wide]], kind="stable")]
-        stages += [self._moves_of_one(int(first[row]), int(count[row])) for row in wide[:most]]
-        stages.sort(key=lambda stage: float(stage.reduced_cost[0]))
-        left_out = [float(stage.reduced_cost[0]) for stage in stages[most : most + 1]]
-        left_out += [float(price[first[row]]) for row in wide[most : most + 1]]
-        return stages[:most], min(left_out, default=math.inf)
+        if price[first] == price[last - 1]:
+            cuts = first + 2 ** np.arange((last - first).bit_length()) - 1
+        else:
+            cuts = np.arange(first, last, LADDER)
+        return cuts, np.append(cuts[1:], last)
 
-    def _moves_of_one(self, first: int, count: int) -> Stage:
-        rows, begin = slice(first, first + count), np.arange(count)
-        return Stage(
-            self.bytes_more[rows], self.candidates.reduced_cost[rows], begin + first, begin, begin + 1
-        )
-
-    def _ladders(self, index: Integers, excess: float) -> Iterator[Stage]:
-        """Ladders of the candidates at `index`, each the only one of its group."""
-        index = index[np.lexsort((self.candidates.reduced_cost[index], self.bytes_more[index]))]
-        weights = self.bytes_more[index]
-        heads = np.flatnonzero(np.concatenate(([True], weights[1:] != weights[:-1]))[: len(index)])
-        for head, end in zip(heads.tolist(), [*heads[1:].tolist(), len(index)], strict=False):
-            yield from self._ladder(index[head:end], excess)
-
-    def _ladder(self, index: Integers, excess: float) -> Iterator[Stage]:
-        """Candidates of equal weight by ascending reduced cost. Equal costs go in powers of two, others in runs."""
-        price = self.candidates.reduced_cost[index]
-        payable = 1 + int(np.searchsorted(np.cumsum(price)[:-1], excess))
-        index, price = index[:payable], price[:payable]
-        if len(index) > LADDER and price[0] == price[-1]:
-            yield from self._powers_of_two(index)
-            return
-        for head in range(0, len(index), LADDER):
-            run = index[head : head + LADDER]
-            number = np.arange(1, len(run) + 1)
-            total = np.cumsum(price[head : head + LADDER])
-            yield Stage(self.bytes_more[run] * number, total, run, np.zeros_like(number), number)
-
-    def _powers_of_two(self, index: Integers) -> Iterator[Stage]:
-        copies = 1
-        while len(index):
-            run, index = index[:copies], index[copies:]
-            one, all_of_it = np.zeros(1, dtype=np.int64), np.array([len(run)])
-            yield Stage(
-                self.bytes_more[run[:1]] * len(run),
-                self.candidates.reduced_cost[run[:1]] * len(run),
-                run,
-                one,
-                all_of_it,
-            )
-            copies *= 2
+    def stage(self, first: int, last: int) -> Stage:
+        rows, begin = slice(first, last), np.arange(first, last)
+        bytes_more, price = self.bytes_more[rows], self.candidates.reduced_cost[rows]
+        if first >= self.ladders:
+            return Stage(bytes_more, price, begin, begin + 1)
+        if last - first > LADDER:
+            return Stage(bytes_more.sum(keepdims=True), price.sum(keepdims=True), begin[:1], begin[-1:] + 1)
+        number = np.arange(1, last - first + 1)
+        return Stage(bytes_more * number, np.cumsum(price), np.full_like(begin, first), begin + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """excess: that of the best choice known. swaps: the candidates it takes instead of the base, None where the pass
-    found nothing better. floor: no choice has less excess than min(excess, floor)."""
+    """excess: that of the best choice known. swaps: the candidates it takes instead of the base, None where
+    the pass found nothing better. floor: no choice has less excess than min(excess, floor)."""
 
     excess: float
     swaps: Candidates | None
@@ -143,7 +135,8 @@ class Outcome:
 
 
 def greatest_common_divisor(values: Integers) -> int:
-    """Of all |values|, 0 where there is none; reads them about once, not once per step of Euclid's algorithm."""
+    """Of all |values|, 0 where there is none; reads them about once, not once per step of Euclid's
+    algorithm."""
     divisor = 0
     rest = values[values != 0]
     while len(rest):
@@ -154,8 +147,8 @@ def greatest_common_divisor(values: Integers) -> int:
 
 @dataclass(slots=True)
 class Half:
-    """A Pareto list: bytes_more ascending, reduced_cost, and for every stage joined, or cut, where each state came from:
-    its index in the list before, plus that list's length for every move.
+    """A Pareto list: bytes_more ascending, reduced_cost, and for every stage joined, or cut, where each state
+    came from: its index in the list before, plus that list's length for every move.
 
     dropped: the least reduced cost among the states cut off by a cap.
     """
@@ -199,7 +192,7 @@ class Half:
         for stage, parents, origin in reversed(self.steps[:depth]):
             move, state = divmod(int(origin[state]), parents)
             if stage is not None and move:
-                taken.append(stage.taken(move - 1))
+                taken.append(np.arange(stage.begin[move - 1], stage.end[move - 1]))
         return taken
 
 
@@ -216,7 +209,8 @@ def _undominated(bytes_more: Integers, cost_more: Floats) -> Integers:
 
 @dataclass(slots=True)
 class _Best:
-    """The least excess met, and the pair of states that has it; their indices are of the lists at these depths."""
+    """The least excess met, and the pair of states that has it; their indices are of the lists at these
+    depths."""
 
     excess: float
     depths: tuple[int, int] = (0, 0)
@@ -245,22 +239,20 @@ def search(
 ) -> Outcome:
     """One pass, with lists of at most `cap` states over at most `stage_cap` stages.
 
-    `excess` is the incumbent's. Stops once that is within `tolerance` of what no choice can avoid, once nothing more
-    can be proven under the cap, or at `deadline` (`time.perf_counter`).
+    `excess` is the incumbent's. Stops once that is within `tolerance` of what no choice can avoid, once
+    nothing more can be proven under the cap, or at `deadline` (`time.perf_counter`).
     """
     best = _Best(excess - core.waste)
     left, right = Half(), Half()
-    stages, unseen = core.stages(best.excess, stage_cap)
-    paired = 1
+    unseen, paired = math.inf, 1
     _pair(left, right, core, best)
-    for stage in stages:
-        least = float(stage.reduced_cost[0])
+    for number, (least, first, last) in enumerate(core.stages()):
         settled = least >= min(best.excess, left.dropped, right.dropped) or best.excess <= tolerance
-        if settled or perf_counter() > deadline:
-            unseen = min(unseen, least)
+        if settled or number == stage_cap or perf_counter() > deadline:
+            unseen = least
             break
         shorter = left if len(left) <= len(right) else right
-        shorter.join(stage, core.multiplier, best.excess, cap)
+        shorter.join(core.stage(first, last), core.multiplier, best.excess, cap)
         if len(left) * len(right) >= 4 * paired:
             paired = len(left) * len(right)
             _pair(left, right, core, best)
@@ -307,3 +299,18 @@ def integer_program(core: Core, excess: float, *, tolerance: float, seconds: flo
     if unused < 0 or not apart or found >= excess:
         return Outcome(excess, None, floor)
     return Outcome(found, core.candidates.take(taken), floor)
+
+
+@contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Sends what HiGHS prints on stdout, even with its log off, to stderr. One thread at a time: stdout is
+    shared."""
+    with _STDOUT:
+        sys.stdout.flush()
+        kept = os.dup(1)
+        os.dup2(2, 1)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)

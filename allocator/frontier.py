@@ -1,14 +1,17 @@
 """Every budget at once: the breakpoints of the linear relaxation, each an optimal plan for its own budget.
 
-What lives here: `frontier` and `Frontier`. A budget between two breakpoints is the business of `knapsack.solve`.
+What lives here: `frontier` and `Frontier`. A budget between two breakpoints is the business of
+`knapsack.solve`.
 
-Only the vertices of a group's lower convex hull of (bytes, cost) ever minimise cost + λ·bytes. Raising the budget from
-the smallest choice, the relaxation walks the edges of all hulls in order of cost saved per byte (Sinha & Zoltners
-1979); after every whole edge the choice is integral, and no choice of as many bytes or fewer costs less.
+Only the vertices of a group's lower convex hull of (bytes, cost) ever minimise cost + λ·bytes. Raising the
+budget from the smallest choice, the relaxation walks the edges of all hulls in order of cost saved per byte
+(Sinha & Zoltners 1979); after every whole edge the choice is integral, and no choice of as many bytes or
+fewer costs less.
 
-The hulls are built without a loop over groups or options. Options are sorted by bytes and swept by a running minimum
-of cost; then every option that lies on or above the line between its two neighbours is dropped, all at once, until
-none does: such an option is above a segment between two options, hence no vertex, whatever else is dropped.
+The hulls are built without a loop over groups or options. Options are sorted by bytes and swept by a running
+minimum of cost; then every option that lies on or above the line between its two neighbours is dropped, all
+at once, until none does: such an option is above a segment between two options, hence no vertex, whatever
+else is dropped.
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ from allocator.relaxation import Block, Table
 class Frontier:
     """Breakpoints k = 0 … B−1, bytes ascending, cost descending.
 
-    total_bytes (B,) int64; cost (B,) float64, in the unit of the problem. group and option (B−1,) int64: breakpoint
-    k+1 is breakpoint k with group[k] moved to option[k]. smallest (G,) int64: the choice at breakpoint 0.
+    total_bytes (B,) int64; cost (B,) float64, in the unit of the problem. group and option (B−1,) int64:
+    breakpoint k+1 is breakpoint k with group[k] moved to option[k]. smallest (G,) int64: the choice at
+    breakpoint 0.
     """
 
     total_bytes: Integers

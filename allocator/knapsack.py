@@ -1,21 +1,23 @@
-"""The exact solver of the multiple-choice knapsack: one option per group, least cost, within a budget of bytes.
+"""The exact solver of the multiple-choice knapsack: one option per group, least cost, within a budget.
 
-What lives here: `solve`, which joins the relaxation (`relaxation.py`), the search of the core (`core.py`) and, as a
-last resort, an integer program. The frontier is `frontier.py`, the check of an answer `certificate.py`.
+What lives here: `solve`, which joins the relaxation (`relaxation.py`), the search of the core (`core.py`)
+and, as a last resort, an integer program. The frontier is `frontier.py`, the check of an answer
+`certificate.py`.
 
 How it works (after Pisinger 1995, "A minimal algorithm for the multiple-choice knapsack problem"):
 
-1. The Lagrangian relaxation gives a multiplier λ (the shadow price), a lower bound and a base choice that fits.
+1. The Lagrangian relaxation gives a multiplier λ (the shadow price), a lower bound and a choice that fits.
 2. A beam over the groups that break near λ gives a first incumbent.
 3. Reduced-cost fixing against the incumbent leaves a core, usually some tens of options.
 4. Passes of `core.search` with growing caps improve the incumbent and raise the bound until they meet.
-5. Where the caps are not enough, `scipy.optimize.milp` tries what is left of the core; failing that, the best choice
-   is returned with the gap that remains.
+5. Where the caps are not enough, `scipy.optimize.milp` tries what is left of the core; failing that, the best
+   choice is returned with the gap that remains.
 
-Tolerances. Arithmetic is float64 on differences to the base option, so what is compared has the size of one move,
-never that of the total. `proven` says that no choice is better by more than `TOLERANCE`·λ·max|Δbytes|, Δbytes over
-the options of the core (the integer program: `PROGRAM_TOLERANCE`). Total bytes are int64 and exact; `cost` is summed
-in float64. Ties break by position: equal problems give equal answers, unless the time limit cuts one short.
+Tolerances. Arithmetic is float64 on differences to the base option, so what is compared has the size of one
+move, never that of the total. `proven` says that no choice is better by more than `TOLERANCE`·λ·max|Δbytes|,
+Δbytes over the options of the core (the integer program: `PROGRAM_TOLERANCE`). Total bytes are int64 and
+exact; `cost` is summed in float64. Ties break by position: equal problems give equal answers, unless the time
+limit cuts one short.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ PROGRAM_TOLERANCE = 1e-9
 """The same where HiGHS proved it: its own feasibility tolerances allow no better."""
 BEAM = (256, 48)
 """List and stage cap of the pass that finds the first incumbent."""
-BEAM_CANDIDATES = 192
-"""Candidates of least reduced cost that this pass looks at."""
+START_CANDIDATES, BEAM_CANDIDATES = 600, 192
+"""Candidates of least reduced cost that the search for its start, and the pass itself, look at."""
 MISS = 0.05
 """Price, relative to λ, of a byte by which a start of that pass misses the budget: the beam makes it up."""
 PROGRAM_CAP = 20_000
@@ -51,15 +53,15 @@ PASSES = ((2_048, 512), (32_768, 4_096), (1_000_000, 65_536))
 def solve(problem: Problem, *, time_limit_seconds: float = 10.0) -> Solution:
     """The choice of least cost within the budget, with its certificate.
 
-    A budget that every group's cheapest option fits leaves slack and has a shadow price of 0. `time_limit_seconds`
-    bounds the search for a proof, not the relaxation; 0 returns the first incumbent with its gap. Raises
-    `InfeasibleError` where even the smallest options exceed the budget, and `InvalidProblemError` where there are
-    more than `OPTION_CAP` options.
+    A budget that every group's cheapest option fits leaves slack and has a shadow price of 0.
+    `time_limit_seconds` bounds the search for a proof, not the relaxation; 0 returns the first incumbent with
+    its gap. Raises `InfeasibleError` where even the smallest options exceed the budget, and
+    `InvalidProblemError` where there are more than `OPTION_CAP` options.
     """
     deadline = perf_counter() + time_limit_seconds
     if len(problem.cost) > OPTION_CAP:
         raise InvalidProblemError(
-            f"{len(problem.cost):,} options exceed the cap of {OPTION_CAP:,}; offer fewer bits, ranks or group sizes"
+            f"{len(problem.cost):,} options exceed the cap of {OPTION_CAP:,}; offer fewer bits or ranks"
         )
     table = Table.of(problem)
     relaxation = _relaxation(problem, table)
@@ -86,8 +88,8 @@ def _relaxation(problem: Problem, table: Table) -> Relaxation:
 class _Hunt:
     """The best choice so far, and what is known of the others.
 
-    excess: cost of the best choice above the relaxation's bound. floor: no choice has an excess below it that is
-    also below `excess`. swaps: the candidates that the best choice takes instead of the base.
+    excess: cost of the best choice above the relaxation's bound. floor: no choice has an excess below it that
+    is also below `excess`. swaps: the candidates that the best choice takes instead of the base.
     """
 
     def __init__(self, relaxation: Relaxation, slack_bytes: int, deadline: float) -> None:
@@ -103,9 +105,10 @@ class _Hunt:
         return self.floor >= self.excess
 
     def start(self, candidates: Candidates) -> None:
-        """A first incumbent from the candidates near the break: the best swap of one or two, then a beam around the
-        swap that most cheaply brings the total close to the budget."""
+        """A first incumbent from the candidates near the break: the best swap of one or two, then a beam
+        around the swap that most cheaply brings the total close to the budget."""
         multiplier = self.relaxation.multiplier
+        candidates = candidates.take(np.arange(min(len(candidates), START_CANDIDATES)))
         excess, swaps = best_pair(candidates, self.slack_bytes, multiplier, math.inf)
         if excess < self.excess:
             self.excess, self.swaps = excess, candidates.take(swaps)
@@ -153,7 +156,8 @@ class _Hunt:
         )
 
     def _anchor(self, candidates: Candidates) -> tuple[Candidates, Candidates]:
-        """Swaps that bring the total close to the budget, two at a time, and the candidates of other groups."""
+        """Swaps that bring the total close to the budget, two at a time, and the candidates of other
+        groups."""
         anchor, price, left = (
             candidates.take(np.arange(0)),
             MISS * self.relaxation.multiplier,
@@ -168,8 +172,8 @@ class _Hunt:
             candidates = candidates.take(~np.isin(candidates.group, anchor.group))
 
     def _pass_over(self, candidates: Candidates, anchor: Candidates, cap: int, stage_cap: int) -> float:
-        """One pass with the anchor's swaps made; returns the floor it shows among these candidates, infinite where
-        the incumbent is optimal."""
+        """One pass with the anchor's swaps made; returns the floor it shows among these candidates, infinite
+        where the incumbent is optimal."""
         paid = float(anchor.reduced_cost.sum())
         candidates = candidates.take(candidates.reduced_cost < self.excess - paid)
         slack_bytes = self.slack_bytes - int(anchor.bytes_more.sum())
@@ -189,10 +193,11 @@ class _Hunt:
 
 
 def best_pair(candidates: Candidates, slack_bytes: int, below: float, above: float) -> tuple[float, Integers]:
-    """The one or two candidates of least reduced cost + `below` per byte of slack left + `above` per byte over it.
+    """The one or two candidates of least reduced cost + `below` per byte of slack left + `above` per byte
+    over it.
 
-    Returns that sum and their indices. Every candidate, and none, is tried with its best partner on either side; where
-    the two would be of one group the pair is passed over.
+    Returns that sum and their indices. Every candidate, and none, is tried with its best partner on either
+    side; where the two would be of one group the pair is passed over.
     """
     order = np.argsort(np.concatenate(([0], candidates.bytes_more)), kind="stable")
     bytes_more = np.concatenate(([0], candidates.bytes_more))[order]

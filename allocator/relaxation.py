@@ -1,14 +1,17 @@
-"""The Lagrangian relaxation of the knapsack: its multiplier, its bound, and the options that can still matter.
+"""The Lagrangian relaxation of the knapsack: its multiplier, its bound, and the options that can still
+matter.
 
-What lives here: `Table` and its `Block`s (the options as matrices, read in cache-sized runs), `relax` (the multiplier at which the
-relaxation breaks) and `Table.survivors` (reduced-cost fixing). The integer search is `core.py`.
+What lives here: `Table` and its `Block`s (the options as matrices, read in cache-sized runs), `relax` (the
+multiplier at which the relaxation breaks) and `Table.survivors` (reduced-cost fixing). The integer search is
+`core.py`.
 
-For a multiplier λ ≥ 0 (cost per byte) every group separately takes the option of least cost + λ·size. Those minima sum
-to a lower bound on any feasible choice, after subtracting λ·budget, and the best λ gives the bound of the linear
-relaxation (Sinha & Zoltners 1979; Kellerer, Pferschy & Pisinger, Knapsack Problems, ch. 11). The best λ is found by
-intersecting tangents of the concave dual. Groups whose minimiser is the same at both ends of the bracket are settled
-and never read again, so the search reads the table about twice in all. With tens of thousands of groups a
-sample gives the first bracket and the whole table is read three times, the pass of `survivors` included.
+For a multiplier λ ≥ 0 (cost per byte) every group separately takes the option of least cost + λ·size. Those
+minima sum to a lower bound on any feasible choice, after subtracting λ·budget, and the best λ gives the bound
+of the linear relaxation (Sinha & Zoltners 1979; Kellerer, Pferschy & Pisinger, Knapsack Problems, ch. 11).
+The best λ is found by intersecting tangents of the concave dual. Groups whose minimiser is the same at both
+ends of the bracket are settled and never read again, so the search reads the table about twice in all. With
+tens of thousands of groups a sample gives the first bracket and the whole table is read three times, the pass
+of `survivors` included.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ NEAR = 96
 """Least groups among which the first incumbent is sought."""
 _NONE = np.empty(0, dtype=np.int64)
 ROUNDING = 1e-13
-"""Slack, relative to the terms summed, given to every comparison of reduced costs that would discard an option."""
+"""Slack, relative to the terms summed, given to every comparison of reduced costs that would discard an
+option."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +66,8 @@ class Pick:
 class Candidates:
     """Options that may replace the base option of their group, by ascending reduced cost.
 
-    group, option, bytes_more int64; cost_more, reduced_cost float64; all of one length. bytes_more and cost_more
-    are differences to the base option; reduced_cost = cost_more + λ·bytes_more, never below zero.
+    group, option, bytes_more int64; cost_more, reduced_cost float64; all of one length. bytes_more and
+    cost_more are differences to the base option; reduced_cost = cost_more + λ·bytes_more, never below zero.
     """
 
     group: Integers
@@ -85,8 +89,9 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """g groups as matrices. groups (g,) and count (g,) int64, cost (g, K) float64, size (g, K) int64. A group of
-    fewer than K options repeats its last one, which changes no minimum and never comes before the original."""
+    """g groups as matrices. groups (g,) and count (g,) int64, cost (g, K) float64, size (g, K) int64. A group
+    of fewer than K options repeats its last one, which changes no minimum and never comes before the
+    original."""
 
     groups: Integers
     count: Integers
@@ -152,8 +157,8 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The options of a problem, or of some of its groups: one block where option counts are about equal, otherwise
-    one for every octave of counts. Rows are numbered through the blocks."""
+    """The options of a problem, or of some of its groups: one block where option counts are about equal,
+    otherwise one for every octave of counts. Rows are numbered through the blocks."""
 
     blocks: tuple[Block, ...]
 
@@ -208,7 +213,8 @@ class Table:
         return Pick.concatenated([block.at(multiplier) for block in self.blocks])
 
     def survivors(self, multiplier: float, base: Pick, limit: float) -> Candidates:
-        """Reduced-cost fixing: by ascending reduced cost, the options within `limit` of `base`, a minimiser at λ."""
+        """Reduced-cost fixing: by ascending reduced cost, the options within `limit` of `base`, a minimiser
+        at λ."""
         parts, first = [], 0
         for block in self.blocks:
             rows = slice(first, first + len(block.groups))
@@ -222,8 +228,8 @@ class Table:
 class Relaxation:
     """Where the relaxation breaks.
 
-    multiplier: λ, cost per byte. base: a minimiser at λ of every group, within the budget, so that no reduced cost
-    over it is negative. near: the rows that break closest to λ, about `NEAR` of them.
+    multiplier: λ, cost per byte. base: a minimiser at λ of every group, within the budget, so that no reduced
+    cost over it is negative. near: the rows that break closest to λ, about `NEAR` of them.
     """
 
     multiplier: float
@@ -234,8 +240,8 @@ class Relaxation:
 def relax(table: Table, budget_bytes: int, least_bytes: int) -> Relaxation:
     """The multiplier at which the minimisers pass from over the budget to within it.
 
-    The budget must be at least `least_bytes`, which is `table.least_bytes()`. A budget that every group's cheapest
-    option fits gives λ = 0.
+    The budget must be at least `least_bytes`, which is `table.least_bytes()`. A budget that every group's
+    cheapest option fits gives λ = 0.
     """
     low, high = _sampled_bracket(table, budget_bytes, least_bytes) or (table.cheapest(), table.lightest())
     if low.total_bytes <= budget_bytes:
@@ -244,9 +250,11 @@ def relax(table: Table, budget_bytes: int, least_bytes: int) -> Relaxation:
 
 
 def _intersect_tangents(table: Table, budget_bytes: int, low: Pick, high: Pick) -> Relaxation:
-    """Narrows the bracket, `low` over the budget and `high` within it, until both ends are minimisers at one λ.
+    """Narrows the bracket, `low` over the budget and `high` within it, until both ends are minimisers at one
+    λ.
 
-    The next λ is where the tangents of the two ends meet. Every round brings one end strictly closer in bytes.
+    The next λ is where the tangents of the two ends meet. Every round brings one end strictly closer in
+    bytes.
     """
     base = Pick(high.choice.copy(), high.cost.copy(), high.size.copy())
     spare = budget_bytes - base.total_bytes
@@ -280,7 +288,8 @@ def _fill(spare_bytes: int, rows: Integers, low: Pick, base: Pick) -> None:
 
 
 def _sampled_bracket(table: Table, budget_bytes: int, least_bytes: int) -> tuple[Pick, Pick] | None:
-    """Minimisers of the whole table at one λ over the budget and at one within it, guessed from a sample of groups.
+    """Minimisers of the whole table at one λ over the budget and at one within it, guessed from a sample of
+    groups.
 
     None for tables too small to gain, or where no guess lands on the other side.
     """

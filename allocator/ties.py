@@ -154,29 +154,6 @@ class TiedOptions:
         return np.array([column, *taken[::-1]], dtype=np.int64)
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """B tie groups of which every member has one option left: options (M, B) int64, and their summed cost
-    (B,) float64, size and bits (B,) int64."""
-
-    options: Integers
-    cost: Floats
-    size: Integers
-    bits: Integers
-
-    @property
-    def column(self) -> Integers:
-        return np.asarray(self.options[0])
-
-    @property
-    def count(self) -> Integers:
-        return np.ones(len(self.cost), dtype=np.int64)
-
-    def member_choice(self, choice: Integers) -> Integers:
-        """The options (M, B), whatever the choice: there is but one."""
-        return self.options
-
-
 def tie(members: tuple[Member, ...], by_bits: bool = False) -> TiedOptions:
     """Merge the members of B tie groups of one shape.
 

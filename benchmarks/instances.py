@@ -1,7 +1,7 @@
 """Instances for the solver's benchmarks and tests: real model shapes, and adversarial knapsacks.
 
-What lives here: `MODELS` and `model_instance` (the matrix shapes of a model, noisy and non-convex costs), `FAMILIES`
-(small adversarial generators by name) and `random_instance`. One generator state, one instance.
+What lives here: `MODELS` and `model_instance` (the matrix shapes of a model, noisy and non-convex costs),
+`FAMILIES` (small adversarial generators by name) and `random_instance`. One generator state, one instance.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ MODELS: dict[str, Shapes] = {
         59, 7168, 2048, 256, [(1536, 7168), (24576, 1536), (576, 7168), (32768, 512), (7168, 16384)], 45_000
     ),
 }
-"""Every matrix of Qwen2-1.5B and Llama-3-70B; mixtures of experts shaped after DeepSeek-V2-Lite and DeepSeek-V3."""
+"""Every matrix of Qwen2-1.5B and Llama-3-70B; mixtures of experts shaped after DeepSeek-V2-Lite and
+DeepSeek-V3."""
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 OPTIONS: dict[int, tuple[Option, ...]] = {
@@ -71,8 +72,8 @@ def model_sizes(shapes: Shapes, options: tuple[Option, ...]) -> Integers:
 
 
 def model_costs(shapes: Shapes, options: tuple[Option, ...], noise: float, generator: Generator) -> Floats:
-    """(G, K) float64, nats: sensitivity × E(bits, rank, group size), every entry with its own log-normal noise, which
-    makes the costs of a matrix neither convex nor monotone in bytes."""
+    """(G, K) float64, nats: sensitivity × E(bits, rank, group size), every entry with its own log-normal
+    noise, which makes the costs of a matrix neither convex nor monotone in bytes."""
     bits, rank, group_size = np.array([(o.bits, o.rank, o.group_size) for o in options], dtype=np.float64).T
     error = 2.0 ** (-1.9 * bits) * (1 + rank / 40) ** -0.25 * (group_size / 64) ** 0.35
     weights = np.array([rows * columns for rows, columns in shapes], dtype=np.float64)
@@ -256,7 +257,8 @@ FAMILIES: dict[str, Callable[[Generator], Problem]] = {
     "negative costs": _negative_costs,
     "many groups": _many_groups,
 }
-"""Small enough for an exact reference; all costs but those of `noisy` are whole numbers, so that sums are exact."""
+"""Small enough for an exact reference; all costs but those of `noisy` are whole numbers, so that sums are
+exact."""
 
 
 def random_instance(seed: int, number: int) -> tuple[str, Problem]:

@@ -3,9 +3,9 @@
     python -m benchmarks.solver_correctness                       # 20,000 instances
     python -m benchmarks.solver_correctness --count 2000 --seed 7 --highs 10
 
-The reference keeps every undominated (bytes, cost) sum, group after group, without a bound (Nemhauser & Ullmann 1969):
-short, exact, sharing no code with the solver. All families but one have whole costs, whose sums are exact, so optima
-must be equal, not close. `--highs N` sends every N-th instance to HiGHS as well.
+The reference keeps every undominated (bytes, cost) sum, group after group, without a bound (Nemhauser &
+Ullmann 1969): short, exact, sharing no code with the solver. All families but one have whole costs, whose
+sums are exact, so optima must be equal, not close. `--highs N` sends every N-th instance to HiGHS as well.
 """
 
 from __future__ import annotations
@@ -94,8 +94,9 @@ def complaint(problem: Problem, solution: Solution | None, expected: float | Non
     if (solution.choice < 0).any() or (taken >= problem.start[1:]).any():
         return "an option that its group does not have"
     total, rounding = float(problem.cost[taken].sum()), ROUNDING * float(np.abs(problem.cost).sum())
-    if problem.size[taken].sum() != solution.total_bytes or solution.total_bytes > problem.budget_bytes:
-        return f"{solution.total_bytes} bytes reported, {problem.size[taken].sum()} taken, {problem.budget_bytes} free"
+    spent = int(problem.size[taken].sum())
+    if spent != solution.total_bytes or spent > problem.budget_bytes:
+        return f"{solution.total_bytes} bytes stated, {spent} taken, {problem.budget_bytes} free"
     if total != solution.cost:
         return f"cost {solution.cost!r} reported, {total!r} taken"
     whole = bool((problem.cost == np.rint(problem.cost)).all())
@@ -132,9 +133,8 @@ def main() -> None:
                 print(f"HiGHS says {peer!r}, the reference {expected!r} ({name} #{number})")
     for name, count in families.items():
         print(f"{name:24} {count:6} instances, {unproven[name]} unproven")
-    print(
-        f"{arguments.count} instances, {wrong} mismatches, {disputed} disputed, {perf_counter() - begin:.0f} s"
-    )
+    seconds = perf_counter() - begin
+    print(f"{arguments.count} instances, {wrong} mismatches, {disputed} disputed, {seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from compressor.linear import layer_tensors
 from compressor.plugin import FORMAT_VERSION, METHOD
 
 INDEX = "model.safetensors.index.json"
-AUXILIARY = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
+AUXILIARY = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 
 
 class WorkError(BitrankError):
