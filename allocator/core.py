@@ -32,6 +32,7 @@ from threading import Lock
 from time import perf_counter
 
 import numpy as np
+from numpy.typing import NDArray
 
 from allocator.problem import Floats, Integers
 from allocator.relaxation import Candidates
@@ -57,8 +58,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Core:
-    """Candidates, those of a ladder and those of a group side by side, bytes in units of their common
-    divisor.
+    """Candidates, those of a ladder and those of a group side by side, bytes in whole units.
 
     bytes_more (n,) int64, in units; slack: such units free; multiplier: cost per unit. waste: the excess that
     no choice of the core avoids, λ·(slack mod unit). ladders: how many of the candidates, the first ones, are
@@ -135,8 +135,7 @@ class Outcome:
 
 
 def greatest_common_divisor(values: Integers) -> int:
-    """Of all |values|, 0 where there is none; reads them about once, not once per step of Euclid's
-    algorithm."""
+    """Of all |values|, 0 where none is other than 0; reads them about once, not at every step of Euclid."""
     divisor = 0
     rest = values[values != 0]
     while len(rest):
@@ -155,7 +154,7 @@ class Half:
 
     bytes_more: Integers = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
     reduced_cost: Floats = field(default_factory=lambda: np.zeros(1))
-    steps: list[tuple[Stage | None, int, Integers]] = field(default_factory=list)
+    steps: list[tuple[Stage | None, int, NDArray[np.int32]]] = field(default_factory=list)
     dropped: float = math.inf
 
     def __len__(self) -> int:
@@ -174,7 +173,7 @@ class Half:
         reduced_cost = reduced_cost[origin]
         kept = _undominated(bytes_more, reduced_cost - multiplier * bytes_more)
         self.bytes_more, self.reduced_cost = bytes_more[kept], reduced_cost[kept]
-        self.steps.append((stage, parents, origin[kept]))
+        self.steps.append((stage, parents, origin[kept].astype(np.int32)))
         self._cut(cap)
 
     def _cut(self, cap: int) -> None:
@@ -183,7 +182,7 @@ class Half:
         order = np.argpartition(self.reduced_cost, cap)
         self.dropped = min(self.dropped, float(self.reduced_cost[order[cap]]))
         kept = np.sort(order[:cap])
-        self.steps.append((None, len(self.bytes_more), kept))
+        self.steps.append((None, len(self.bytes_more), kept.astype(np.int32)))
         self.bytes_more, self.reduced_cost = self.bytes_more[kept], self.reduced_cost[kept]
 
     def taken(self, depth: int, state: int) -> list[Integers]:
@@ -209,8 +208,7 @@ def _undominated(bytes_more: Integers, cost_more: Floats) -> Integers:
 
 @dataclass(slots=True)
 class _Best:
-    """The least excess met, and the pair of states that has it; their indices are of the lists at these
-    depths."""
+    """The least excess met and the two states that have it, as numbered in the lists at these depths."""
 
     excess: float
     depths: tuple[int, int] = (0, 0)
@@ -234,25 +232,33 @@ def _pair(left: Half, right: Half, core: Core, best: _Best) -> None:
         best.states = int(state[least]), int(partner[least])
 
 
-def search(
-    core: Core, excess: float, *, cap: int, stage_cap: int, tolerance: float, deadline: float
-) -> Outcome:
-    """One pass, with lists of at most `cap` states over at most `stage_cap` stages.
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one pass: states in a list, stages joined, the excess over `Core.waste` that is as good as none, and
+    the `time.perf_counter` at which to stop."""
 
-    `excess` is the incumbent's. Stops once that is within `tolerance` of what no choice can avoid, once
-    nothing more can be proven under the cap, or at `deadline` (`time.perf_counter`).
+    states: int
+    stages: int
+    tolerance: float
+    deadline: float
+
+
+def search(core: Core, excess: float, limits: Limits) -> Outcome:
+    """One pass within `limits`; `excess` is the incumbent's.
+
+    Stops early once the incumbent is as good as optimal, or once nothing more can be proven under the caps.
     """
     best = _Best(excess - core.waste)
     left, right = Half(), Half()
     unseen, paired = math.inf, 1
     _pair(left, right, core, best)
     for number, (least, first, last) in enumerate(core.stages()):
-        settled = least >= min(best.excess, left.dropped, right.dropped) or best.excess <= tolerance
-        if settled or number == stage_cap or perf_counter() > deadline:
+        settled = least >= min(best.excess, left.dropped, right.dropped) or best.excess <= limits.tolerance
+        if settled or number == limits.stages or perf_counter() > limits.deadline:
             unseen = least
             break
         shorter = left if len(left) <= len(right) else right
-        shorter.join(core.stage(first, last), core.multiplier, best.excess, cap)
+        shorter.join(core.stage(first, last), core.multiplier, best.excess, limits.states)
         if len(left) * len(right) >= 4 * paired:
             paired = len(left) * len(right)
             _pair(left, right, core, best)
@@ -279,16 +285,18 @@ def integer_program(core: Core, excess: float, *, tolerance: float, seconds: flo
     group = np.unique(core.candidates.group, return_inverse=True)[1]
     one_each = csr_array((np.ones(count), (group, np.arange(count))))
     weight = core.bytes_more.astype(np.float64)
-    answer = milp(
-        (core.candidates.reduced_cost - core.multiplier * weight) * scale,
-        integrality=np.ones(count, dtype=np.int64),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, -np.inf, 1),
-            LinearConstraint(weight[None], -np.inf, core.slack),
-        ],
-        options={"mip_rel_gap": 0, "time_limit": seconds},
-    )
+    constraints = [
+        LinearConstraint(one_each, -np.inf, 1),
+        LinearConstraint(weight[None], -np.inf, core.slack),
+    ]
+    with _stdout_to_stderr():
+        answer = milp(
+            (core.candidates.reduced_cost - core.multiplier * weight) * scale,
+            integrality=np.ones(count, dtype=np.int64),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": 0, "time_limit": seconds},
+        )
     spent = core.multiplier * core.slack + core.waste
     bound = getattr(answer, "mip_dual_bound", None)
     floor = 0.0 if bound is None or not math.isfinite(bound) else bound / scale + spent - tolerance
@@ -302,9 +310,8 @@ def integer_program(core: Core, excess: float, *, tolerance: float, seconds: flo
 
 
 @contextmanager
-def _quiet_stdout() -> Iterator[None]:
-    """Sends what HiGHS prints on stdout, even with its log off, to stderr. One thread at a time: stdout is
-    shared."""
+def _stdout_to_stderr() -> Iterator[None]:
+    """HiGHS prints on stdout even with its log off, where callers print JSON. One thread at a time."""
     with _STDOUT:
         sys.stdout.flush()
         kept = os.dup(1)

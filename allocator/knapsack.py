@@ -27,14 +27,14 @@ from time import perf_counter
 
 import numpy as np
 
-from allocator.core import Core, integer_program, search
+from allocator.core import Core, Limits, integer_program, search
 from allocator.errors import InfeasibleError, InvalidProblemError
 from allocator.problem import Floats, Integers, Problem, Solution
 from allocator.relaxation import Candidates, Relaxation, Table, relax
 
 OPTION_CAP = 200_000_000
 """Most options taken on: beyond it the tables outgrow the memory of one machine."""
-TOLERANCE = 1e-12
+TOLERANCE = 1e-13
 """Of a proof, relative to λ·max|Δbytes|."""
 PROGRAM_TOLERANCE = 1e-9
 """The same where HiGHS proved it: its own feasibility tolerances allow no better."""
@@ -46,7 +46,7 @@ MISS = 0.05
 """Price, relative to λ, of a byte by which a start of that pass misses the budget: the beam makes it up."""
 PROGRAM_CAP = 20_000
 """Most candidates handed to the integer program."""
-PASSES = ((2_048, 512), (32_768, 4_096), (1_000_000, 65_536))
+PASSES = ((2_048, 512), (32_768, 4_096), (400_000, 65_536))
 """List and stage caps of the passes that prove."""
 
 
@@ -133,9 +133,8 @@ class _Hunt:
         outcome = integer_program(core, self.excess, tolerance=tolerance, seconds=seconds)
         if outcome.swaps is not None:
             self.excess, self.swaps = outcome.excess, outcome.swaps
-        self.floor = (
-            math.inf if outcome.floor >= self.excess - 2 * tolerance else max(self.floor, outcome.floor)
-        )
+        closed = outcome.floor >= self.excess - 2 * tolerance
+        self.floor = math.inf if closed else max(self.floor, outcome.floor)
 
     def solution(self, problem: Problem, groups: Integers) -> Solution:
         choice = np.empty(problem.group_count, dtype=np.int64)
@@ -156,13 +155,9 @@ class _Hunt:
         )
 
     def _anchor(self, candidates: Candidates) -> tuple[Candidates, Candidates]:
-        """Swaps that bring the total close to the budget, two at a time, and the candidates of other
-        groups."""
-        anchor, price, left = (
-            candidates.take(np.arange(0)),
-            MISS * self.relaxation.multiplier,
-            self.slack_bytes,
-        )
+        """Swaps that bring the total close to the budget, and the candidates of all other groups."""
+        anchor, left = candidates.take(np.arange(0)), self.slack_bytes
+        price = MISS * self.relaxation.multiplier
         while True:
             score, swaps = best_pair(candidates, left, price, price)
             if score >= price * abs(left):
@@ -179,22 +174,15 @@ class _Hunt:
         slack_bytes = self.slack_bytes - int(anchor.bytes_more.sum())
         core = Core.of(candidates, slack_bytes, self.relaxation.multiplier)
         tolerance = TOLERANCE * self.relaxation.multiplier * _largest(candidates.bytes_more)
-        outcome = search(
-            core,
-            self.excess - paid,
-            cap=cap,
-            stage_cap=stage_cap,
-            tolerance=tolerance,
-            deadline=self.deadline,
-        )
+        limits = Limits(cap, stage_cap, tolerance, self.deadline)
+        outcome = search(core, self.excess - paid, limits)
         if outcome.swaps is not None:
             self.excess, self.swaps = outcome.excess + paid, Candidates.concatenated((anchor, outcome.swaps))
         return math.inf if self.excess - paid <= core.waste + tolerance else outcome.floor
 
 
 def best_pair(candidates: Candidates, slack_bytes: int, below: float, above: float) -> tuple[float, Integers]:
-    """The one or two candidates of least reduced cost + `below` per byte of slack left + `above` per byte
-    over it.
+    """The one or two candidates of least reduced cost + `below` per byte left + `above` per byte too many.
 
     Returns that sum and their indices. Every candidate, and none, is tried with its best partner on either
     side; where the two would be of one group the pair is passed over.
@@ -215,9 +203,8 @@ def best_pair(candidates: Candidates, slack_bytes: int, below: float, above: flo
         else:
             backwards = _first_minimum_so_far((reduced_cost + price * bytes_more)[::-1])[::-1]
             second = len(split) - 1 - backwards[split[first]]
-        score = (
-            reduced_cost[first] + reduced_cost[second] + price * np.abs(wanted[first] - bytes_more[second])
-        )
+        missed = np.abs(wanted[first] - bytes_more[second])
+        score = reduced_cost[first] + reduced_cost[second] + price * missed
         score[group[first] == group[second]] = math.inf
         if len(score) and score.min() < best:
             least = int(score.argmin())

@@ -25,7 +25,9 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-ProfileDirectory = Annotated[Path, typer.Argument(metavar="PROFILE", help="A directory `bitrank profile` wrote.")]
+ProfileDirectory = Annotated[
+    Path, typer.Argument(metavar="PROFILE", help="A directory `bitrank profile` wrote.")
+]
 MODEL_HELP = "'demo', a model directory or a hub id."
 
 
@@ -54,9 +56,9 @@ def _complain(error: Exception, code: int) -> int:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for profile, plans and report.")] = Path(
-        "bitrank-demo"
-    ),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Directory for profile, plans and report.")
+    ] = Path("bitrank-demo"),
     json_output: Json = False,
 ) -> None:
     """Profile, plan, compress and evaluate the embedded model, and write an HTML report."""
@@ -89,11 +91,15 @@ def demo(
 def profile(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     output: Annotated[Path, typer.Option("-o", "--output", help="Profile directory to write.")],
-    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text; sampled from the model if absent.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="UTF-8 text; sampled from the model if absent.")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = 40_960,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
     bits: Annotated[str, typer.Option(help="Bit widths to measure.")] = "2,3,4,5,6,8",
-    ranks: Annotated[str | None, typer.Option(help="Ranks to measure; by the model's width if absent.")] = None,
+    ranks: Annotated[
+        str | None, typer.Option(help="Ranks to measure; by the model's width if absent.")
+    ] = None,
     group_sizes: Annotated[str, typer.Option(help="Group sizes to measure.")] = "32,64,128",
     device: Device = "cpu",
     json_output: Json = False,
@@ -175,7 +181,10 @@ def frontier(profile_path: ProfileDirectory, json_output: Json = False) -> None:
     _print_table(
         ("bytes", "bpw", "predicted KL", ""),
         [(f"{p.total_bytes:,}", f"{p.bits_per_weight:.3f}", f"{p.kl_nats:.5f}", "") for p in shown]
-        + [(f"{u.total_bytes:,}", f"{u.bits_per_weight:.3f}", f"{u.kl_nats:.5f}", u.strategy) for u in uniform],
+        + [
+            (f"{u.total_bytes:,}", f"{u.bits_per_weight:.3f}", f"{u.kl_nats:.5f}", u.strategy)
+            for u in uniform
+        ],
     )
 
 
@@ -193,11 +202,21 @@ def curves(
     points = curve_points(loaded, layer)
     if json_output:
         fits = {name: loaded.document.layers[name].fit for name in dict.fromkeys(p.layer for p in points)}
-        return _print_json({"fits": {name: _dicts([fit])[0] for name, fit in fits.items()}, "points": _dicts(points)})
+        return _print_json(
+            {"fits": {name: _dicts([fit])[0] for name, fit in fits.items()}, "points": _dicts(points)}
+        )
     _print_table(
         ("layer", "bits", "rank", "group", "error (squared)", "fitted", "KL"),
         (
-            (p.layer, p.bits, p.rank, p.group_size, f"{p.error:.3e}", f"{p.fitted_error:.3e}", f"{p.kl_nats:.3e}")
+            (
+                p.layer,
+                p.bits,
+                p.rank,
+                p.group_size,
+                f"{p.error:.3e}",
+                f"{p.fitted_error:.3e}",
+                f"{p.kl_nats:.3e}",
+            )
             for p in points
         ),
     )
@@ -207,7 +226,9 @@ def curves(
 def compress(
     plan_path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint directory to write.")],
-    profile_path: Annotated[Path | None, typer.Option("--profile", help="The plan's profile, if not found.")] = None,
+    profile_path: Annotated[
+        Path | None, typer.Option("--profile", help="The plan's profile, if not found.")
+    ] = None,
     device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
@@ -225,7 +246,9 @@ def compress(
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The compressed checkpoint.")],
     reference: Annotated[str, typer.Option(help=f"The original: {MODEL_HELP}")],
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text; sampled from the reference if absent.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text; sampled from the reference if absent.")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens to measure on.")] = 32_768,
     prompt: Annotated[list[str] | None, typer.Option(help="Continue this text with both models.")] = None,
     device: Device = "cpu",
@@ -272,7 +295,9 @@ class ProgressLine:
         if done < total and now - self._shown < (0.1 if terminal else 10):
             return
         self._shown = now
-        print(self._line(now, done, total), file=sys.stderr, end=self._end(terminal, done == total), flush=True)
+        print(
+            self._line(now, done, total), file=sys.stderr, end=self._end(terminal, done == total), flush=True
+        )
 
     def _line(self, now: float, done: int, total: int) -> str:
         steps = done - self._first
@@ -292,8 +317,9 @@ def progress() -> ProgressLine:
 def _quiet_libraries() -> None:
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    log: Any = transformers.utils.logging
+    log.set_verbosity_error()
+    log.disable_progress_bar()
 
 
 def peak_memory_bytes() -> int:

@@ -73,7 +73,7 @@ def evaluate_all(
         "Python's documentation": "\n".join(pydoc_data.topics.topics.values()),
     }
     tokens = {name: windows(original, text, EVALUATION_TOKENS, name) for name, text in texts.items()}
-    rows = []
+    rows: list[tuple[str, Plan, Evaluation]] = []
     for name, plan in (("plan", chosen), *((f"uniform {bits} bits", p) for bits, p in uniform.items())):
         checkpoint = folder / name.replace(" ", "-")
         shutil.rmtree(checkpoint, ignore_errors=True)
@@ -161,7 +161,9 @@ def block_fidelity(profile: Profile) -> list[page.BlockFidelity]:
             if (m.option.bits, m.option.rank, m.option.group_size) == (PROBE_BITS, 0, 64)
         )
         total[record.block] = total.get(record.block, 0.0) + cost * profile.document.gain.mean
-    return [page.BlockFidelity(block=b, kl_nats=kl, kl_low=kl * low, kl_high=kl * high) for b, kl in total.items()]
+    return [
+        page.BlockFidelity(block=b, kl_nats=kl, kl_low=kl * low, kl_high=kl * high) for b, kl in total.items()
+    ]
 
 
 def error_curve(profile: Profile, name: str) -> page.ErrorCurve:
@@ -172,7 +174,9 @@ def error_curve(profile: Profile, name: str) -> page.ErrorCurve:
         layer=name,
         block=record.block,
         projection=record.projection,
-        fit=page.CurveFit(**{key: value for key, value in asdict(fit).items() if key in page.CurveFit.model_fields}),
+        fit=page.CurveFit(
+            **{key: value for key, value in asdict(fit).items() if key in page.CurveFit.model_fields}
+        ),
         measured=[page.MeasuredError(**asdict(m.option), error=m.error) for m in measured],
         fitted=[
             page.FittedError(bits=bits, rank=rank, group_size=64, error=fit.error(bits, rank, 64))

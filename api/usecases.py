@@ -62,7 +62,9 @@ def find_profile(plan: Plan, plan_path: Path, given: Path | None) -> Profile:
     if given is not None:
         profile = load_profile(given)
         if profile.sha256 != plan.profile_sha256:
-            raise PlanError(f"{plan_path} was not made from the profile {given}; give the one it was made from")
+            raise PlanError(
+                f"{plan_path} was not made from the profile {given}; give the one it was made from"
+            )
         return profile
     noted = home() / "profiles" / plan.profile_sha256
     beside = plan_path.resolve().parent
@@ -135,7 +137,10 @@ def frontier_points(profile: Profile) -> list[FrontierPoint]:
     menu = profile.menu
     found = frontier(menu.problem(menu.original_bytes))
     sizes = (found.total_bytes + menu.kept_bytes).tolist()
-    return [FrontierPoint(s, bits_per_weight(menu, s), kl) for s, kl in zip(sizes, found.cost.tolist(), strict=True)]
+    return [
+        FrontierPoint(s, bits_per_weight(menu, s), kl)
+        for s, kl in zip(sizes, found.cost.tolist(), strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +165,9 @@ def uniform_points(profile: Profile) -> list[UniformPoint]:
         except AllocationError:
             continue
         size = choice_bytes(menu, choice)
-        points.append(UniformPoint(f"uniform:{bits}", size, bits_per_weight(menu, size), choice_cost(menu, choice)))
+        points.append(
+            UniformPoint(f"uniform:{bits}", size, bits_per_weight(menu, size), choice_cost(menu, choice))
+        )
     return points
 
 
@@ -190,7 +197,9 @@ def curve_points(profile: Profile, pattern: str = "*") -> list[CurvePoint]:
         for m in profile.measurements[name]:
             fitted = fit.error(m.option.bits, m.option.rank, m.option.group_size)
             cost = m.cost * profile.document.gain.mean
-            points.append(CurvePoint(name, **asdict(m.option), error=m.error, fitted_error=fitted, kl_nats=cost))
+            points.append(
+                CurvePoint(name, **asdict(m.option), error=m.error, fitted_error=fitted, kl_nats=cost)
+            )
     return points
 
 
@@ -216,7 +225,9 @@ def execute(plan: Plan, profile: Profile, output: Path, progress: Progress, devi
 
     ref = find_model(plan.model.id)
     if weights_sha256(ref) != plan.model.weights_sha256:
-        raise PlanError(f"the weights of {ref.id} are not those the plan was made for; profile this model and plan again")
+        raise PlanError(
+            f"the weights of {ref.id} are not those the plan was made for; profile this model and plan again"
+        )
     loaded = load_model(ref, device)
     kept = {name: tensor.cpu() for name, tensor in loaded.kept_tensors()}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -274,7 +285,9 @@ def evaluate_model(
         tokens_NT, source = text_tokens(original, text, tokens), text.name
     else:
         tokens_NT, source = sample_tokens(original, tokens, 1, progress), "sampled from the reference"
-    return evaluate_loaded(load_model(find_model(model), device), original, tokens_NT, source, progress, prompts)
+    return evaluate_loaded(
+        load_model(find_model(model), device), original, tokens_NT, source, progress, prompts
+    )
 
 
 def evaluate_loaded(

@@ -146,7 +146,9 @@ def _alternate(
     active = list(range(len(options)))
     for _ in range(rounds):
         residual_POI = torch.stack([w_POI[p] - quantized[p].dequantize() for p in active])
-        factors = dict(zip(active, _factors_of(residual_POI, curvature, [options[p] for p in active])))
+        factors = dict(
+            zip(active, _factors_of(residual_POI, curvature, [options[p] for p in active]), strict=True)
+        )
         product = {p: factors[p].product() for p in active}
         active = [p for p in active if gain(p, quantized[p], factors[p], product[p])]
         if not active:

@@ -4,9 +4,9 @@ What lives here: `CompressedLinear` and its tensors. Their bytes are counted in 
 to a checkpoint is for `worker.py`, loading them for `plugin.py`.
 
 Tensors of a layer: `weight` int32 (O, words) packed codes, `weight_scale` bfloat16 (O, G), `weight_zero` int32
-(1, words) packed zero points; for `left` and `right` the same three with O = rank, or one bfloat16 matrix. The packed tensor
-carries the name of the original one, so that loading without the plug-in fails on its shape; in pure low rank, where
-there is no Q, `left` does.
+(1, words) packed zero points; for `left` and `right` the same three with O = rank, or one bfloat16 matrix. The
+packed tensor carries the name of the original one, so that loading without the plug-in fails on its shape; in pure
+low rank, where there is no Q, `left` does.
 """
 
 from __future__ import annotations

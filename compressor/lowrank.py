@@ -54,7 +54,7 @@ def square_root(hessian_II: Tensor) -> Tensor:
 
 def leading_directions(residual_POI: Tensor, root_II: Tensor, rank: int) -> Tensor:
     """(P, O, rank) orthonormal, the leading eigenvectors of E H Eᵀ in falling order."""
-    problems, rows, columns = residual_POI.shape
+    _, rows, columns = residual_POI.shape
     weighted_POI = residual_POI @ root_II
     width = min(rank + OVERSAMPLING, rows, columns)
     generator = torch.Generator().manual_seed(0)
@@ -90,7 +90,8 @@ def factorize(
         lefts.append(left_rO)
         targets.append(torch.linalg.solve(gram_rr, left_Or.T @ residual_OI))
     return [
-        Factors(left, right) for left, right in zip(lefts, _round_rights(targets, factor_II, factor_bits))
+        Factors(left, right)
+        for left, right in zip(lefts, _round_rights(targets, factor_II, factor_bits), strict=True)
     ]
 
 

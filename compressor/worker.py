@@ -158,7 +158,8 @@ def finish(plan: Plan, partial: Path, shards: list[str], source: Path) -> None:
     config["quantization_config"] = quantization_config(plan)
     write_json(partial / "config.json", config)
     write_json(
-        partial / INDEX, {"metadata": {"total_size": plan.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        partial / INDEX,
+        {"metadata": {"total_size": plan.total_bytes}, "weight_map": dict(sorted(weight_map.items()))},
     )
 
 

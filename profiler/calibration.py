@@ -189,7 +189,25 @@ def gradient_moments(
             inputs[index].write(first, hidden)
             gradient = _block_gradient(loaded, index, call, hidden, gradient, total)
         progress("gradients", min(first + WINDOWS_PER_BATCH, len(tokens_NT)), len(tokens_NT))
-    return {name: (moment / tokens_NT.numel()).float() for name, moment in total.items()}
+    return _lend_to_silent(loaded, {n: (moment / tokens_NT.numel()).float() for n, moment in total.items()})
+
+
+def _lend_to_silent(loaded: LoadedModel, moments: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give a layer that no token reached (an expert never routed to) the mean of its like in the same block.
+
+    It would otherwise cost nothing to destroy, and the next text may route to it.
+    """
+    lent = {}
+    for layer in loaded.layers:
+        like = [
+            moments[other.name]
+            for other in loaded.layers_of(layer.block)
+            if (other.rows, other.name.rpartition(".")[2]) == (layer.rows, layer.name.rpartition(".")[2])
+        ]
+        heard = [moment for moment in like if moment.any()]
+        silent_layer = not moments[layer.name].any() and heard
+        lent[layer.name] = torch.stack(heard).mean(dim=0) if silent_layer else moments[layer.name]
+    return lent
 
 
 def _output_gradient(loaded: LoadedModel, batch_NT: Tensor, generator: torch.Generator) -> Tensor:
@@ -269,7 +287,6 @@ def input_moments(
     A layer that no token reached (an expert never routed to) has H = I, so that its plain weight error counts.
     """
     layers = loaded.layers_of(index)
-    order: list[str] = []
     leader: dict[str, str] = {}
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -294,7 +311,6 @@ def input_moments(
 
     handles = []
     for layer in layers:
-        order.append(layer.name)
         handles.append(loaded.model.get_submodule(layer.name).register_forward_pre_hook(watch(layer)))
     try:
         for first, hidden_NTd in inputs.batches(loaded.device):
@@ -306,12 +322,11 @@ def input_moments(
         for handle in handles:
             handle.remove()
     moments = []
-    for name in order:
-        if leader.get(name, name) != name:
+    for layer in layers:
+        if leader.get(layer.name, layer.name) != layer.name:
             continue
-        members = tuple(layer for layer in layers if leader.get(layer.name, layer.name) == name)
-        if name in sums:
-            moments.append(InputMoment(members, sums[name] / counts[name], counts[name]))
-        else:
-            moments.append(InputMoment(members, torch.eye(members[0].columns, device=loaded.device), 0))
+        members = tuple(other for other in layers if leader.get(other.name, other.name) == layer.name)
+        count = counts.get(layer.name, 0)
+        identity_II = torch.eye(layer.columns, device=loaded.device)
+        moments.append(InputMoment(members, sums[layer.name] / count if count else identity_II, count))
     return moments

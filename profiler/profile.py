@@ -14,7 +14,7 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from io import BytesIO
@@ -420,10 +420,7 @@ def probe(
     loaded: LoadedModel, tokens_NT: Tensor, sweeps: Sequence[LayerSweep], work: Path, progress: Progress
 ) -> list[Probe]:
     """The probes whose option every layer was measured at."""
-    cost: Callable[[LayerSweep], dict[Option, float]] = lambda sweep: {
-        m.option: m.cost for m in sweep.measurements
-    }
-    costs = [cost(sweep) for sweep in sweeps]
+    costs = [{m.option: m.cost for m in sweep.measurements} for sweep in sweeps]
     predicted = {o: sum(c[o] for c in costs) for o in PROBES if all(o in c for c in costs)}
     return measure_probes(loaded, tokens_NT, predicted, work / "probes", progress) if predicted else []
 

@@ -29,7 +29,11 @@ def block_works(loaded: LoadedModel, tokens_NT: Tensor, folder: Path) -> Iterato
 
 
 def _block_work(
-    loaded: LoadedModel, index: int, calls: dict[int, list[BlockCall]], current: BlockInputs, following: BlockInputs
+    loaded: LoadedModel,
+    index: int,
+    calls: dict[int, list[BlockCall]],
+    current: BlockInputs,
+    following: BlockInputs,
 ) -> BlockWork:
     moments = input_moments(loaded, index, calls, current, following)
 
