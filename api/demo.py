@@ -69,7 +69,7 @@ def evaluate_all(
 
     original = load_model(find_model("demo"))
     texts = {
-        "sampled from the model": (DEMO_PATH / "evaluation.txt").read_text(encoding="utf-8"),
+        "text of the model's own": (DEMO_PATH / "evaluation.txt").read_text(encoding="utf-8"),
         "Python's documentation": "\n".join(pydoc_data.topics.topics.values()),
     }
     tokens = {name: windows(original, text, EVALUATION_TOKENS, name) for name, text in texts.items()}

@@ -8,11 +8,8 @@ import base64
 import hashlib
 import html
 import json
-import os
 import re
-import secrets
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from itertools import pairwise
@@ -21,6 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from allocator.atomic import write_atomically
 
 WEB = files("api") / "web"
 SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "charts.js")
@@ -288,23 +287,11 @@ def write_report(path: Path, report: Report) -> None:
 
     Raises OSError, in one sentence, when the file cannot be written; an earlier report then stays as it was.
     """
-    page = render_report(report).encode("utf-8")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with temporary.open("xb") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if not isinstance(error, OSError):
-            raise
+        write_atomically(path, render_report(report).encode("utf-8"))
+    except OSError as error:
         reason = error.strerror or "unknown reason"
-        raise OSError(
-            f"cannot write the report {path} ({reason}): choose a file in a writable folder"
-        ) from error
+        raise OSError(f"cannot write the report {path} ({reason}): choose a file in a writable folder") from error
 
 
 def _script_source(source: str) -> str:
