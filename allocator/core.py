@@ -39,6 +39,8 @@ from allocator.relaxation import Candidates
 
 EXPANSION_CAP = 1 << 22
 """Most states made at once, before pruning: 100 MB."""
+BLIND = 24
+"""Stages joined after a list was cut among states that cost nothing: they can fill the slack, but prove nothing."""
 LADDER = 16
 """Most groups in one stage."""
 _STDOUT = Lock()
@@ -87,22 +89,48 @@ class Core:
         units = ordered.bytes_more // unit
         return cls(ordered, units, slack_bytes // unit, multiplier * unit, waste, len(single))
 
-    def stages(self) -> list[tuple[float, int, int]]:
-        """(least reduced cost, first candidate, last candidate + 1) of every stage, by the first of these."""
+    def stages(self, excess: float, tolerance: float) -> list[tuple[float, int, int]]:
+        """(least reduced cost, first candidate, last candidate + 1) of every stage, by the first of these.
+
+        Costs within `tolerance` count as nothing, and of the stages that cost nothing those of different bytes
+        take turns: neighbours are often of one shape, whose bytes alone cannot fill every slack.
+        """
         key = np.concatenate((self.bytes_more[: self.ladders], self.candidates.group[self.ladders :]))
         new = np.ones(len(key), dtype=np.bool_)
         new[1:] = key[1:] != key[:-1]
         new[self.ladders : self.ladders + 1] = True
         first = np.flatnonzero(new)
         last = np.append(first[1:], len(key))
-        long = np.flatnonzero((last - first > LADDER) & (first < self.ladders))
-        if len(long):
-            parts = [self._parts(int(first[row]), int(last[row])) for row in long]
-            first = np.concatenate((np.delete(first, long), *(begin for begin, _ in parts)))
-            last = np.concatenate((np.delete(last, long), *(end for _, end in parts)))
+        first, last = self._cut_ladders(*self._payable(first, last, excess))
         least = self.candidates.reduced_cost[first]
+        least = np.where(least > tolerance, least, 0.0)
         order = np.argsort(least, kind="stable")
+        free = int(np.searchsorted(least[order], 0.0, side="right"))
+        if free > 2:
+            turn = _occurrence(self.bytes_more[first[order[:free]]])
+            order[:free] = order[:free][np.argsort(turn, kind="stable")]
         return list(zip(least[order].tolist(), first[order].tolist(), last[order].tolist(), strict=True))
+
+    def _payable(self, first: Integers, last: Integers, excess: float) -> tuple[Integers, Integers]:
+        """Leaves out identical groups beyond as many as can move, at their least reduced cost, below the excess."""
+        wide = np.flatnonzero(first >= self.ladders)
+        if len(wide) <= LADDER:
+            return first, last
+        begin, count = first[wide], (last - first)[wide]
+        same = _classes(self.bytes_more, self.candidates.reduced_cost, begin, count)
+        copies = 1 + _occurrence(same)
+        dear = wide[copies * self.candidates.reduced_cost[begin] >= excess]
+        return np.delete(first, dear), np.delete(last, dear)
+
+    def _cut_ladders(self, first: Integers, last: Integers) -> tuple[Integers, Integers]:
+        long = np.flatnonzero((last - first > LADDER) & (first < self.ladders))
+        if not len(long):
+            return first, last
+        parts = [self._parts(int(first[row]), int(last[row])) for row in long]
+        return (
+            np.concatenate((np.delete(first, long), *(begin for begin, _ in parts))),
+            np.concatenate((np.delete(last, long), *(end for _, end in parts))),
+        )
 
     def _parts(self, first: int, last: int) -> tuple[Integers, Integers]:
         """Cuts a long ladder: into runs, or, where all cost the same, into powers of two."""
@@ -122,6 +150,32 @@ class Core:
             return Stage(bytes_more.sum(keepdims=True), price.sum(keepdims=True), begin[:1], begin[-1:] + 1)
         number = np.arange(1, last - first + 1)
         return Stage(bytes_more * number, np.cumsum(price), np.full_like(begin, first), begin + 1)
+
+
+def _occurrence(labels: Integers) -> Integers:
+    """(n,) int64: how many equal labels come before each."""
+    order = np.argsort(labels, kind="stable")
+    ordered = labels[order]
+    heads = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
+    before = np.empty(len(labels), dtype=np.int64)
+    before[order] = np.arange(len(labels)) - np.repeat(heads, np.diff(heads, append=len(labels)))
+    return before
+
+
+def _classes(bytes_more: Integers, reduced_cost: Floats, begin: Integers, count: Integers) -> Integers:
+    """(groups,) int64: equal for groups whose rows begin[g] … begin[g] + count[g] − 1 are equal, side by side from
+    begin[0] on. Rows are first told apart by a fingerprint; those that share one are then compared."""
+    mixed = reduced_cost[begin[0] :].view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= bytes_more[begin[0] :].view(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
+    mixed *= mixed >> np.uint64(29)
+    fingerprint = np.add.reduceat(mixed, begin - begin[0])
+    leaders, kin = np.unique(fingerprint, return_index=True, return_inverse=True)[1:]
+    leader = leaders[kin]
+    index = np.arange(begin[0], begin[0] + count.sum())
+    twin = np.minimum(index + np.repeat(begin[leader] - begin, count), len(bytes_more) - 1)
+    differs = (reduced_cost[index] != reduced_cost[twin]) | (bytes_more[index] != bytes_more[twin])
+    alike = (count == count[leader]) & ~np.logical_or.reduceat(differs, begin - begin[0])
+    return np.where(alike, leader, np.arange(len(begin)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,16 +304,18 @@ def search(core: Core, excess: float, limits: Limits) -> Outcome:
     """
     best = _Best(excess - core.waste)
     left, right = Half(), Half()
-    unseen, paired = math.inf, 1
+    unseen, paired, blind = math.inf, 1, 0
     _pair(left, right, core, best)
-    for number, (least, first, last) in enumerate(core.stages()):
-        settled = least >= min(best.excess, left.dropped, right.dropped) or best.excess <= limits.tolerance
-        if settled or number == limits.stages or perf_counter() > limits.deadline:
+    for number, (least, first, last) in enumerate(core.stages(best.excess, limits.tolerance)):
+        dropped = min(left.dropped, right.dropped)
+        blind += dropped <= limits.tolerance
+        settled = least >= best.excess or best.excess <= limits.tolerance or least >= dropped > limits.tolerance
+        if settled or number == limits.stages or blind > BLIND or perf_counter() > limits.deadline:
             unseen = least
             break
         shorter = left if len(left) <= len(right) else right
         shorter.join(core.stage(first, last), core.multiplier, best.excess, limits.states)
-        if len(left) * len(right) >= 4 * paired:
+        if blind or len(left) * len(right) >= 4 * paired:
             paired = len(left) * len(right)
             _pair(left, right, core, best)
     _pair(left, right, core, best)

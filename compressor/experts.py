@@ -25,13 +25,18 @@ class Expert(nn.Module):
 
 
 class ExpertList(nn.ModuleList):
-    """Stands in for a fused experts module; same call, one pair of linear layers per expert."""
+    """Stands in for a fused experts module; same call, one pair of linear layers per expert.
+
+    `gate_up_proj` is an empty tensor that carries the name of the stack, so that loading a checkpoint of experts
+    apart without the plug-in fails on its shape instead of leaving the stack at random.
+    """
 
     def __init__(self, stack: nn.Module) -> None:
         super().__init__(
             Expert(gate_up, down) for gate_up, down in zip(stack.gate_up_proj, stack.down_proj, strict=True)
         )
         self.act_fn = stack.act_fn
+        self.gate_up_proj = nn.Parameter(stack.gate_up_proj.new_empty(0), requires_grad=False)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, k) -> (tokens, hidden)."""

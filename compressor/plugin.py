@@ -62,9 +62,11 @@ class BitrankQuantizer(HfQuantizer):
 
 
 def replace_layers(model: nn.Module, options: dict[str, Option]) -> None:
-    """Swap the named linear layers for empty compressed ones, on the device they are on (usually meta)."""
-    if any(".experts." in name for name in options):
-        unstack_experts(model)
+    """Swap the named linear layers for empty compressed ones, on the device they are on (usually meta).
+
+    Expert stacks come apart even where no expert is named: a checkpoint that bitrank wrote has them apart.
+    """
+    unstack_experts(model)
     for name, option in options.items():
         linear = model.get_submodule(name)
         rows, columns = linear.weight.T.shape if isinstance(linear, Conv1D) else linear.weight.shape

@@ -17,11 +17,14 @@ from transformers import (
     PretrainedConfig,
 )
 
+from profiler.calibration import silent
 from profiler.checkpoint import find_model
 from profiler.layers import LoadedModel, load_model
+from profiler.profile import Profile, ProfileSettings, build_profile
 
 torch.set_num_threads(1)
 
+TINY = ProfileSettings(tokens=640, bits=(2, 3, 4), ranks=(0, 4), group_sizes=(32,), factor_bits=(8,), rounds=1)
 HIDDEN, CONTEXT, VOCABULARY = 64, 64, 128
 CONFIGS: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(
@@ -102,3 +105,20 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 @pytest.fixture
 def tiny_llama(model_directory: Callable[[str], Path]) -> LoadedModel:
     return load_model(find_model(str(model_directory("llama"))))
+
+
+@pytest.fixture(scope="session")
+def tiny_profile(
+    model_directory: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Profile]:
+    """The profile of a tiny model over a small grid, by architecture; made once."""
+    made: dict[str, Profile] = {}
+
+    def profile(architecture: str) -> Profile:
+        if architecture not in made:
+            output = tmp_path_factory.mktemp("profiles") / architecture
+            ref = find_model(str(model_directory(architecture)))
+            made[architecture] = build_profile(ref, output, TINY, silent)
+        return made[architecture]
+
+    return profile

@@ -1,0 +1,75 @@
+"""What profiling costs: wall time by stage, GPTQ and low rank apart, and peak memory.
+
+`python -m benchmarks.profile_cost MODEL` profiles a model directory with the default grid into a temporary folder and
+prints the shares. Memory is the resident peak of this process; the part that the interpreter and its libraries take
+before the model is loaded is printed beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import compressor.decompose as decompose
+from api.cli import peak_memory_bytes, progress
+from profiler.checkpoint import find_model
+from profiler.profile import ProfileSettings, build_profile
+
+MIB = 2**20
+
+
+def timed(name: str, seconds: dict[str, float]) -> None:
+    """Time a function of `compressor.decompose` in place."""
+    inner: Callable[..., Any] = getattr(decompose, name)
+
+    def outer(*arguments: Any, **keywords: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return inner(*arguments, **keywords)
+        finally:
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+    setattr(decompose, name, outer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", type=Path)
+    arguments = parser.parse_args()
+    inside: dict[str, float] = {}
+    timed("_quantized_of", inside)
+    timed("_factors_of", inside)
+    report, baseline = progress(), peak_memory_bytes()
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = ProfileSettings(calibration=arguments.calibration)
+        profile = build_profile(find_model(arguments.model), Path(folder) / "profile", settings, report)
+    wall, peak = time.perf_counter() - started, peak_memory_bytes()
+    layers = profile.document.layers.values()
+    block: dict[int, dict[int, int]] = {}
+    for record in layers:
+        block.setdefault(record.block, {})[record.columns] = record.columns
+    model_bytes = sum(profile.document.kept.values()) * 2 + sum(4 * r.rows * r.columns for r in layers)
+    statistics = max(sum(4 * n * n for n in sizes) for sizes in block.values())
+    stages = dict(report.seconds)
+    sweep = stages.pop("sweep")
+    gptq, low_rank = inside["_quantized_of"], inside["_factors_of"]
+    rows = [*stages.items(), ("sweep: GPTQ", gptq), ("sweep: low rank", low_rank)]
+    rows.append(("sweep: Hessians, errors, files", sweep - gptq - low_rank))
+    rows.append(("loading, fitting, output", wall - sum(seconds for _, seconds in rows)))
+    print(f"{arguments.model}: {wall:.1f} s wall on {torch.get_num_threads()} threads, {len(layers)} layers")
+    for name, seconds in rows:
+        print(f"  {name:32} {seconds:7.1f} s {seconds / wall:6.1%}")
+    print(f"peak {peak / MIB:.0f} MiB resident, of which {baseline / MIB:.0f} MiB before the model was loaded")
+    print(f"model in float32 {model_bytes / MIB:.0f} MiB, largest block's Hessians {statistics / MIB:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
