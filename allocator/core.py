@@ -16,8 +16,8 @@ exactly what it claims, capped or not.
 Weights are divided by their greatest common divisor: the remainder of the slack can never be used and is
 charged to the bound. Groups with one surviving option each, of equal weight, form a *ladder*: of any k of
 them only the cheapest k matter, so a ladder is one integer count. That holds for identical layers above all,
-whose symmetric choices would otherwise multiply; identical groups with several options collapse in the lists,
-where equal bytes keep one state.
+whose symmetric choices would otherwise multiply. Identical groups with several options collapse in the lists,
+where equal bytes keep one state, and only as many of them join as the excess can pay for.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from allocator.relaxation import Candidates
 EXPANSION_CAP = 1 << 22
 """Most states made at once, before pruning: 100 MB."""
 BLIND = 24
-"""Stages joined after a list was cut among states that cost nothing: they can fill the slack, but prove nothing."""
+"""Stages joined after a list was cut among states that cost nothing: they can fill the slack, but prove
+nothing."""
 LADDER = 16
 """Most groups in one stage."""
 _STDOUT = Lock()
@@ -92,8 +93,8 @@ class Core:
     def stages(self, excess: float, tolerance: float) -> list[tuple[float, int, int]]:
         """(least reduced cost, first candidate, last candidate + 1) of every stage, by the first of these.
 
-        Costs within `tolerance` count as nothing, and of the stages that cost nothing those of different bytes
-        take turns: neighbours are often of one shape, whose bytes alone cannot fill every slack.
+        Costs within `tolerance` count as nothing, and of the stages that cost nothing those of different
+        bytes take turns: neighbours are often of one shape, whose bytes alone cannot fill every slack.
         """
         key = np.concatenate((self.bytes_more[: self.ladders], self.candidates.group[self.ladders :]))
         new = np.ones(len(key), dtype=np.bool_)
@@ -112,7 +113,8 @@ class Core:
         return list(zip(least[order].tolist(), first[order].tolist(), last[order].tolist(), strict=True))
 
     def _payable(self, first: Integers, last: Integers, excess: float) -> tuple[Integers, Integers]:
-        """Leaves out identical groups beyond as many as can move, at their least reduced cost, below the excess."""
+        """Leaves out identical groups beyond as many as can move, at their least reduced cost, below the
+        excess."""
         wide = np.flatnonzero(first >= self.ladders)
         if len(wide) <= LADDER:
             return first, last
@@ -163,8 +165,8 @@ def _occurrence(labels: Integers) -> Integers:
 
 
 def _classes(bytes_more: Integers, reduced_cost: Floats, begin: Integers, count: Integers) -> Integers:
-    """(groups,) int64: equal for groups whose rows begin[g] … begin[g] + count[g] − 1 are equal, side by side from
-    begin[0] on. Rows are first told apart by a fingerprint; those that share one are then compared."""
+    """(groups,) int64: equal for groups whose rows begin[g] … begin[g] + count[g] − 1 are equal, side by side
+    from begin[0] on. Rows are first told apart by a fingerprint; those that share one are then compared."""
     mixed = reduced_cost[begin[0] :].view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     mixed ^= bytes_more[begin[0] :].view(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
     mixed *= mixed >> np.uint64(29)
@@ -309,7 +311,9 @@ def search(core: Core, excess: float, limits: Limits) -> Outcome:
     for number, (least, first, last) in enumerate(core.stages(best.excess, limits.tolerance)):
         dropped = min(left.dropped, right.dropped)
         blind += dropped <= limits.tolerance
-        settled = least >= best.excess or best.excess <= limits.tolerance or least >= dropped > limits.tolerance
+        settled = (
+            least >= best.excess or best.excess <= limits.tolerance or least >= dropped > limits.tolerance
+        )
         if settled or number == limits.stages or blind > BLIND or perf_counter() > limits.deadline:
             unseen = least
             break

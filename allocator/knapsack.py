@@ -221,11 +221,13 @@ def _first_minimum_so_far(values: Floats) -> Integers:
 
 
 def _best_and_others(count: int, most: int) -> Integers:
-    """Up to `most` of `count` positions, ascending: three in four from the front, the rest spread over all, because
-    where costs are linear in bytes the front is nothing but ties of the first few groups."""
+    """Up to `most` of `count` positions, ascending: three in four from the front, the rest spread over all,
+    because where costs are linear in bytes the front is nothing but ties of the first few groups."""
     if count <= most:
         return np.arange(count)
-    return np.unique(np.concatenate((np.arange(most * 3 // 4), np.linspace(0, count - 1, most // 4).astype(np.int64))))
+    return np.unique(
+        np.concatenate((np.arange(most * 3 // 4), np.linspace(0, count - 1, most // 4).astype(np.int64)))
+    )
 
 
 def _largest(bytes_more: Integers) -> int:

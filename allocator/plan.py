@@ -97,16 +97,24 @@ def load_plan(path: Path) -> Plan:
             f"cannot read the plan {path} ({error}); give a file that `bitrank plan` wrote"
         ) from error
     try:
-        plan = Plan.model_validate_json(text)
+        version = _Version.model_validate_json(text).schema_version
+        if version > SCHEMA_VERSION:
+            raise PlanError(
+                f"{path} has plan schema {version}, this version reads up to {SCHEMA_VERSION}; upgrade bitrank"
+            )
+        return Plan.model_validate_json(text)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "the document"
-        raise PlanError(f"{path} is not a bitrank plan: {where}: {problem['msg']}") from error
-    if plan.schema_version > SCHEMA_VERSION:
         raise PlanError(
-            f"{path} has plan schema {plan.schema_version}, this version reads up to {SCHEMA_VERSION}; upgrade bitrank"
-        )
-    return plan
+            f"{path} is not a bitrank plan ({where}: {problem['msg']}); give a file that `bitrank plan` wrote"
+        ) from error
+
+
+class _Version(BaseModel):
+    """What every schema version has in common."""
+
+    schema_version: int
 
 
 def budget_bytes(menu: Menu, budget: Budget) -> int:

@@ -9,9 +9,9 @@ For a multiplier λ ≥ 0 (cost per byte) every group separately takes the optio
 minima sum to a lower bound on any feasible choice, after subtracting λ·budget, and the best λ gives the bound
 of the linear relaxation (Sinha & Zoltners 1979; Kellerer, Pferschy & Pisinger, Knapsack Problems, ch. 11).
 The best λ is found by intersecting tangents of the concave dual. Groups whose minimiser is the same at both
-ends of the bracket are settled and never read again, so the search reads the table about twice in all. With
-tens of thousands of groups a sample gives the first bracket and the whole table is read three times, the pass
-of `survivors` included.
+ends of the bracket are settled and never read again, so the search reads the table about twice in all. From
+`4 * SAMPLE` groups on, a sample gives the first bracket and the whole table is read three times, the pass of
+`survivors` included, and its sizes once more.
 """
 
 from __future__ import annotations

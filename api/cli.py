@@ -7,9 +7,11 @@ stdout carries the result (one JSON document with --json), stderr the progress a
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -31,19 +33,30 @@ ProfileDirectory = Annotated[
 MODEL_HELP = "'demo', a model directory or a hub id."
 
 
+class Interrupted(BaseException):
+    """Ctrl-C, under a name that typer does not take for its own."""
+
+
 def main() -> None:
     """Run the command line; every error a user can mend becomes one line on stderr and an exit code."""
-    from allocator.errors import BitrankError, InfeasibleError
+    from allocator.errors import BitrankError, BudgetSyntaxError, InfeasibleError, StrategyError
 
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except InfeasibleError as error:
         sys.exit(_complain(error, 3))
+    except (BudgetSyntaxError, StrategyError) as error:
+        sys.exit(_complain(error, 2))
     except (BitrankError, OSError) as error:
         sys.exit(_complain(error, 1))
-    except KeyboardInterrupt:
+    except Interrupted:
         print("bitrank: interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted
 
 
 def _complain(error: Exception, code: int) -> int:
@@ -348,7 +361,9 @@ def _dicts(records: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, indent=1))
+    """Numbers that JSON cannot write, like the standard error of one window, come out as null."""
+    strict = json.loads(json.dumps(document), parse_constant=lambda _: None)
+    print(json.dumps(strict, indent=1))
 
 
 def _print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

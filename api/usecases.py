@@ -7,15 +7,17 @@ results. Heavy packages are imported inside the functions that need them.
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from allocator.budget import parse_budget
-from allocator.errors import BitrankError, InfeasibleError, PlanError
+from allocator.errors import BitrankError, BudgetSyntaxError, InfeasibleError, PlanError
 from allocator.plan import Plan, PlanBudget, budget_bytes, describe_bytes, make_plan
 from allocator.strategies import Optimal, choice_bytes, choose, parse_strategy
 
@@ -47,12 +49,16 @@ def profile_model(model: str, output: Path, settings: ProfileSettings, progress:
 
 
 def remember(profile: Profile) -> None:
-    """Note where a profile lies, so that `compress` finds it by the digest in a plan."""
+    """Note where a profile lies, so that `compress` finds it by the digest in a plan.
+
+    A convenience: where the note cannot be written, `compress` asks for --profile.
+    """
     from allocator.atomic import write_atomically
 
     folder = home() / "profiles"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / profile.sha256, str(profile.path.resolve()).encode())
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / profile.sha256, str(profile.path.resolve()).encode())
 
 
 def find_profile(plan: Plan, plan_path: Path, given: Path | None) -> Profile:
@@ -72,10 +78,9 @@ def find_profile(plan: Plan, plan_path: Path, given: Path | None) -> Profile:
     if noted.exists():
         folders.append(Path(noted.read_text()))
     for folder in folders:
-        if (folder / "profile.json").exists():
-            profile = load_profile(folder)
-            if profile.sha256 == plan.profile_sha256:
-                return profile
+        file = folder / "profile.json"
+        if file.exists() and sha256(file.read_bytes()).hexdigest() == plan.profile_sha256:
+            return load_profile(folder)
     raise PlanError(
         f"the profile that {plan_path} was made from (sha256 {plan.profile_sha256[:12]}…) is not to be found;"
         " say where it is with --profile"
@@ -92,7 +97,7 @@ def plan_budget(profile: Profile, budget: str | None, strategy: str = "optimal")
     menu, parsed = profile.menu, parse_strategy(strategy)
     if budget is None:
         if isinstance(parsed, Optimal):
-            raise PlanError("a budget is missing; give --budget like 700MiB, 25% or 3.25bpw")
+            raise BudgetSyntaxError("a budget is missing; give --budget like 700MiB, 25% or 3.25bpw")
         total = choice_bytes(menu, choose(parsed, menu, menu.original_bytes))
         budget = f"{total}B"
     total = budget_bytes(menu, parse_budget(budget))
@@ -230,10 +235,21 @@ def execute(plan: Plan, profile: Profile, output: Path, progress: Progress, devi
         )
     loaded = load_model(ref, device)
     kept = {name: tensor.cpu() for name, tensor in loaded.kept_tensors()}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".bitrank-", dir=output.parent) as folder:
-        blocks = block_works(loaded, profile.calibration_tokens(), Path(folder))
+    output = output.resolve()
+    with scratch(output.with_name(f".{output.name}.activations")) as folder:
+        blocks = block_works(loaded, profile.calibration_tokens(), folder)
         compress(plan, blocks, kept, ref.path, output, progress, len(loaded.block_names))
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """An empty folder while open; what a killed run left in it goes first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +321,7 @@ def evaluate_loaded(
     if vocabularies[0] != vocabularies[1]:
         raise BitrankError(
             f"{compressed.ref.id} has {vocabularies[0]} tokens and {original.ref.id} has {vocabularies[1]};"
-            " only models of one vocabulary can be compared"
+            " only models of one vocabulary can be compared, so give the model it was made from as the reference"
         )
     found: Fidelity = measure(compressed.model, live_logits(original.model), tokens_NT, progress)
     return Evaluation(

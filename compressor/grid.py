@@ -68,7 +68,8 @@ def search_grid(w_gR: Tensor, importance_gR: Tensor, maximum_R: Tensor) -> Grid:
     low_R = w_gR.amin(dim=0).clamp_(max=0)
     span_R = (w_gR.amax(dim=0).clamp_(min=0) - low_R).clamp_(min=_TINY)
     best_R = torch.full_like(low_R, torch.inf)
-    scale_R, zero_R = span_R / maximum_R, torch.zeros_like(low_R)
+    scale_R = _storable(span_R / maximum_R)
+    zero_R = torch.minimum((-low_R / scale_R).round_(), maximum_R)
     for shrink in SHRINKS:
         trial_scale_R = _storable(span_R * shrink / maximum_R)
         real_zero_R = -low_R * shrink / trial_scale_R

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +76,8 @@ def compress(
     partial = output.with_name(f"{output.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(plan.model_dump_json().encode()).hexdigest()
+    for stray in [file for file in partial.iterdir() if not is_finished(file, digest)]:
+        stray.unlink()
     shards = [shard_name(index, block_count) for index in range(block_count + 1)]
     if not is_finished(partial / shards[0], digest):
         write_shard(partial / shards[0], kept, digest)
@@ -153,7 +154,7 @@ def finish(plan: Plan, partial: Path, shards: list[str], source: Path) -> None:
     for pattern in AUXILIARY:
         for file in source.glob(pattern):
             if file.name not in ("config.json", INDEX):
-                shutil.copyfile(file, partial / file.name)
+                write_atomically(partial / file.name, file.read_bytes())
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = quantization_config(plan)
     write_json(partial / "config.json", config)

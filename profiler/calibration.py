@@ -62,6 +62,12 @@ def windows(loaded: LoadedModel, text: str, count: int, source: str) -> Tensor:
         raise CalibrationError(
             f"{source} has {len(tokens)} tokens; give at least {loaded.window}, one window"
         )
+    vocabulary = loaded.model.config.get_text_config().vocab_size
+    if int(tokens.max()) >= vocabulary:
+        raise CalibrationError(
+            f"the tokenizer of {loaded.ref.id} makes token {int(tokens.max())}, but the model knows {vocabulary};"
+            " copy the model's own tokenizer beside it"
+        )
     tokens_NT = tokens[: len(tokens) // loaded.window * loaded.window].view(-1, loaded.window)
     wanted = min(len(tokens_NT), max(1, count // loaded.window))
     return tokens_NT[torch.linspace(0, len(tokens_NT) - 1, wanted).round().long()]
@@ -113,21 +119,25 @@ class BlockCall:
 
 
 class BlockInputs:
-    """The input of one block for every calibration window, a float32 file (N, T, d) read batch by batch."""
+    """The input of one block for every calibration window, a float32 file (N, T, d) read batch by batch.
+
+    Plain reads and writes: a full disk ends a memory map with SIGBUS instead of an error.
+    """
 
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
         self.path, self.shape = path, shape
+        self._window = shape[1] * shape[2]
 
     def write(self, first: int, hidden_NTd: Tensor) -> None:
-        mode = "r+" if self.path.exists() else "w+"
-        array = np.memmap(self.path, np.float32, mode, shape=self.shape)
-        array[first : first + len(hidden_NTd)] = hidden_NTd.float().cpu().numpy()
-        array.flush()
+        with self.path.open("r+b" if self.path.exists() else "wb") as file:
+            file.seek(4 * first * self._window)
+            file.write(hidden_NTd.float().cpu().contiguous().numpy().data)
 
     def batches(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
         for first in range(0, self.shape[0], WINDOWS_PER_BATCH):
-            array = np.memmap(self.path, np.float32, "r", shape=self.shape)
-            yield first, torch.from_numpy(array[first : first + WINDOWS_PER_BATCH].copy()).to(device)
+            count = min(WINDOWS_PER_BATCH, self.shape[0] - first)
+            values = np.fromfile(self.path, np.float32, count * self._window, offset=4 * first * self._window)
+            yield first, torch.from_numpy(values).view(count, *self.shape[1:]).to(device)
 
 
 @contextmanager

@@ -80,11 +80,13 @@ def check_files(ref: ModelRef) -> None:
 
     config = ref.path / "config.json"
     if not config.exists():
-        raise ModelError(f"{ref.path} has no config.json; it is not a transformers model directory")
+        raise ModelError(f"{ref.path} has no config.json; give the directory of a transformers model")
     try:
-        json.loads(config.read_text())
-    except ValueError as error:
-        raise ModelError(f"{config} is not valid JSON ({error}); copy the model again") from error
+        whole = isinstance(json.loads(config.read_text()), dict)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ModelError(f"{config} does not hold a JSON object; copy the model again")
     files = weight_files(ref)
     if not files:
         if list(ref.path.glob("*.bin")) + list(ref.path.glob("*.pt")) + list(ref.path.glob("*.pth")):
@@ -92,7 +94,7 @@ def check_files(ref: ModelRef) -> None:
                 f"{ref.path} holds only pickled weights, which can run code when loaded; "
                 "convert them to safetensors first"
             )
-        raise ModelError(f"{ref.path} has no .safetensors weights; the model is missing or half downloaded")
+        raise ModelError(f"{ref.path} has no .safetensors weights; copy or download the model again")
     for file in files:
         if not file.exists():
             raise ModelError(
@@ -103,6 +105,16 @@ def check_files(ref: ModelRef) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} is truncated or corrupt ({error}); copy the model again") from error
+
+
+def check_uncompressed(ref: ModelRef) -> None:
+    """Raise `ModelError` when the checkpoint is quantized already: its weights are not there to measure."""
+    config = json.loads((ref.path / "config.json").read_text())
+    if found := config.get("quantization_config"):
+        raise ModelError(
+            f"{ref.id} is already compressed ({found.get('quant_method', 'unknown method')});"
+            " profile the model it was made from"
+        )
 
 
 def read_tensors(ref: ModelRef) -> dict[str, Tensor]:
@@ -123,7 +135,7 @@ def weights_sha256(ref: ModelRef) -> str:
     for name, tensor in sorted(read_tensors(ref).items()):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelError(
-                f"weight {name} of {ref.id} has NaN or infinite entries; the checkpoint is damaged"
+                f"weight {name} of {ref.id} has NaN or infinite entries; copy or train the model again"
             )
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

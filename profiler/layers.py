@@ -85,14 +85,25 @@ class LoadedModel:
 
 def load_model(ref: ModelRef, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Load a causal LM. Raises `ModelError` for unknown architectures and for weights that do not fit the config."""
+    check_device(device)
     try:
         config = AutoConfig.from_pretrained(ref.path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            ref.path, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False
+        model, found = AutoModelForCausalLM.from_pretrained(
+            ref.path,
+            config=config,
+            dtype="auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:240]
-        raise ModelError(f"{ref.id} cannot be loaded as a causal language model ({reason})") from error
+    except Exception as error:  # transformers raises whatever a configuration trips over
+        reason = " ".join(str(error).split()).split(". ")[0][:240]
+        raise ModelError(
+            f"{ref.id} cannot be loaded as a causal language model ({reason});"
+            " give one that the installed transformers knows without custom code"
+        ) from error
+    check_weights(ref, sorted(found["missing_keys"]), sorted(found["mismatched_keys"]))
     storage_dtype = model.dtype
     unstack_experts(model)
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
@@ -100,6 +111,33 @@ def load_model(ref: ModelRef, device: str = "cpu", dtype: torch.dtype = torch.fl
     return LoadedModel(
         ref, model, load_tokenizer(ref), storage_dtype, block_names, find_layers(model, block_names)
     )
+
+
+def check_device(device: str) -> None:
+    """Raise `ModelError` when tensors cannot be put on `device` here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ModelError(f"device {device!r} cannot be used ({reason}); try --device cpu") from error
+
+
+def check_weights(ref: ModelRef, missing: list[str], mismatched: list[Any]) -> None:
+    """Raise `ModelError` when weights are absent or misshapen: transformers would fill them with random numbers.
+
+    mismatched: (name, stored shape, shape by the configuration).
+    """
+    if missing:
+        raise ModelError(
+            f"{ref.id} lacks {len(missing)} weights that its config.json asks for, the first {missing[0]};"
+            " copy the model again"
+        )
+    if mismatched:
+        name, stored, expected = mismatched[0]
+        raise ModelError(
+            f"weight {name} of {ref.id} has shape {tuple(stored)}, config.json asks for {tuple(expected)};"
+            " copy the model again"
+        )
 
 
 def load_tokenizer(ref: ModelRef) -> Any | None:

@@ -47,7 +47,7 @@ from profiler.calibration import (
     text_tokens,
     tokens_sha256,
 )
-from profiler.checkpoint import DEMO, DEMO_PATH, ModelRef, weights_sha256
+from profiler.checkpoint import DEMO, DEMO_PATH, ModelRef, check_uncompressed, weights_sha256
 from profiler.error_model import ErrorModel, fit_error_model
 from profiler.layers import Layer, LoadedModel, load_model
 from profiler.probes import PROBES, Gain, Probe, calibrate, keeper, measure_probes
@@ -65,7 +65,7 @@ from profiler.sweep import (
 SCHEMA_VERSION = 1
 DEFAULT_TOKENS = 40_960
 PROBE_SHARE = 5
-"""One window in so many is held back from the statistics and measures the probes."""
+"""One window in so many, but two at least, is held back from the statistics and measures the probes."""
 COLUMNS = ("layer", "bits", "rank", "group_size", "factor_bits", "error", "cost")
 
 
@@ -223,17 +223,21 @@ def build_profile(ref: ModelRef, output: Path, settings: ProfileSettings, progre
     A finished profile of the same model and settings is returned as it is. Raises `ProfileError` when the directory
     holds something else.
     """
+    check_uncompressed(ref)
     weights = weights_sha256(ref)
     loaded = load_model(ref, settings.device)
     grid = grid_of(loaded, settings)
     request = json.dumps(
         {"weights": weights, "grid": asdict(grid), "settings": describe(settings)}, sort_keys=True
     )
-    work = prepare(output, request)
-    if work is None:
+    if is_finished(output, request):
         return load_profile(output)
-    tokens_NT, source = calibration_tokens(loaded, settings, work, progress)
-    probe_windows = len(tokens_NT) // PROBE_SHARE
+    given_NT, source = given_tokens(loaded, settings)
+    work = prepare(output, request)
+    tokens_NT = shuffled(
+        sampled_tokens(loaded, settings, work, progress) if given_NT is None else given_NT, settings.seed
+    )
+    probe_windows = max(2, len(tokens_NT) // PROBE_SHARE)
     fitting_NT, probe_NT = (
         tokens_NT[: len(tokens_NT) - probe_windows],
         tokens_NT[len(tokens_NT) - probe_windows :],
@@ -305,16 +309,27 @@ def _bytes(path: Path) -> bytes:
         raise CalibrationError(f"cannot read {path} ({error.strerror}); give a UTF-8 text file") from error
 
 
-def prepare(output: Path, request: str) -> Path | None:
-    """The work folder for this request, emptied of any other's; None where the profile is already finished."""
-    finished, work = output / "profile.json", output / ".work"
+def is_finished(output: Path, request: str) -> bool:
+    """Whether `output` holds the profile asked for; raises `ProfileError` when it holds anything else."""
     asked = output / "request.json"
-    if finished.exists():
+    if (output / "profile.json").exists():
         if asked.exists() and asked.read_text() == request:
-            return None
+            return True
         raise ProfileError(f"{output} already holds another profile; choose another directory or remove it")
-    if output.exists() and (not output.is_dir() or {p.name for p in output.iterdir()} - _UNFINISHED):
+    if output.exists() and not (output.is_dir() and all(map(_is_unfinished, output.iterdir()))):
         raise ProfileError(f"{output} already exists and is not empty; choose another directory or remove it")
+    return False
+
+
+def _is_unfinished(file: Path) -> bool:
+    return file.name in _UNFINISHED or file.suffix == ".tmp"
+
+
+def prepare(output: Path, request: str) -> Path:
+    """The work folder for this request, emptied of any other's and of files a killed run was writing."""
+    work, asked = output / ".work", output / "request.json"
+    for temporary in output.glob(".*.tmp"):
+        temporary.unlink()
     if not asked.exists() or asked.read_text() != request:
         shutil.rmtree(work, ignore_errors=True)
     (work / "layers").mkdir(parents=True, exist_ok=True)
@@ -326,32 +341,40 @@ def prepare(output: Path, request: str) -> Path | None:
 _UNFINISHED = {".work", "request.json", "calibration.safetensors", "measurements.parquet"}
 
 
-def calibration_tokens(
-    loaded: LoadedModel, settings: ProfileSettings, work: Path, progress: Progress
-) -> tuple[Tensor, str]:
-    """Token windows (N, T) and where they came from; at least three, so that one can be held back."""
+def given_tokens(loaded: LoadedModel, settings: ProfileSettings) -> tuple[Tensor | None, str]:
+    """Token windows (N, T) of the given or shipped text, None where they are to be sampled, and their source.
+
+    Raises `CalibrationError` for fewer than three windows, of which two are held back.
+    """
+    least = 3 * loaded.window
+    if settings.tokens < least:
+        raise CalibrationError(f"--tokens {settings.tokens} is too few; give at least {least}, three windows")
     if settings.calibration is not None:
-        tokens_NT, source = (
-            text_tokens(loaded, settings.calibration, settings.tokens),
-            settings.calibration.name,
-        )
+        path, source = settings.calibration, settings.calibration.name
     elif loaded.ref.id == DEMO:
-        tokens_NT, source = (
-            text_tokens(loaded, DEMO_PATH / "calibration.txt", settings.tokens),
-            "sampled, shipped",
-        )
+        path, source = DEMO_PATH / "calibration.txt", "sampled, shipped"
     else:
-        source, file = "sampled from the model", work / "sampled.safetensors"
-        if not file.exists():
-            sampled = sample_tokens(loaded, settings.tokens, settings.seed, progress)
-            write_atomically(file, save({"tokens": sampled}))
-        tokens_NT = load_file(file)["tokens"]
-    if len(tokens_NT) < 3:
+        return None, "sampled from the model"
+    tokens_NT = text_tokens(loaded, path, settings.tokens)
+    if tokens_NT.numel() < least:
         raise CalibrationError(
-            f"calibration has {tokens_NT.numel()} tokens; give at least {3 * loaded.window}, three windows"
+            f"{path} has {tokens_NT.numel()} tokens in whole windows; give at least {least}, three windows"
         )
-    order = torch.randperm(len(tokens_NT), generator=torch.Generator().manual_seed(settings.seed))
-    return tokens_NT[order], source
+    return tokens_NT, source
+
+
+def sampled_tokens(loaded: LoadedModel, settings: ProfileSettings, work: Path, progress: Progress) -> Tensor:
+    """Token windows (N, T) drawn from the model, kept in `work` so that a resumed run has the same."""
+    file = work / "sampled.safetensors"
+    if not file.exists():
+        write_atomically(
+            file, save({"tokens": sample_tokens(loaded, settings.tokens, settings.seed, progress)})
+        )
+    return load_file(file)["tokens"]
+
+
+def shuffled(tokens_NT: Tensor, seed: int) -> Tensor:
+    return tokens_NT[torch.randperm(len(tokens_NT), generator=torch.Generator().manual_seed(seed))]
 
 
 def block_inputs(loaded: LoadedModel, tokens_NT: Tensor, work: Path) -> list[BlockInputs]:

@@ -59,7 +59,9 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
     made = Road(tmp_path_factory.mktemp("road"))
     run = CommandLine(made.folder)
     write_model(made.model)
-    made.text.write_text((DEMO_PATH / "calibration.txt").read_text(encoding="utf-8")[:12_000], encoding="utf-8")
+    made.text.write_text(
+        (DEMO_PATH / "calibration.txt").read_text(encoding="utf-8")[:12_000], encoding="utf-8"
+    )
     for arguments in (
         made.profiling(made.profile),
         ("plan", made.profile, "--budget", "3.2bpw", "-o", made.plan),
@@ -70,13 +72,13 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
     return made
 
 
-def write_model(path: Path) -> None:
+def write_model(path: Path, vocabulary: int = 8192) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=8192,
+        vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,

@@ -13,7 +13,7 @@ from allocator.certificate import verify
 from allocator.errors import InfeasibleError, InvalidProblemError
 from allocator.knapsack import solve
 from allocator.problem import Problem
-from benchmarks.instances import FAMILIES, model_instance, random_instance
+from benchmarks.instances import FAMILIES, MODELS, OPTIONS, model_instance, model_sizes, random_instance
 from benchmarks.solver_correctness import agree, complaint, highs_cost, reference_cost, solve_or_none
 
 instances = st.builds(lambda number: random_instance(5, number)[1], st.integers(0, 100_000))
@@ -70,6 +70,21 @@ def test_at_its_caps_it_never_proves_falsely_and_never_overstates_its_bound() ->
         assert complaint(problem, solution, reference_cost(problem)) is None
         unproven += solution is not None and not solution.proven
     assert unproven > 20
+
+
+def test_the_last_resort_agrees_with_the_reference_and_keeps_stdout_clean(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(knapsack, "BEAM", (1, 1))
+    monkeypatch.setattr(knapsack, "PASSES", ())
+    proven = 0
+    for number in range(108):
+        problem = random_instance(61, number)[1]
+        solution = solve_or_none(problem)
+        assert complaint(problem, solution, reference_cost(problem)) is None
+        proven += solution is not None and solution.proven
+    assert proven > 80
+    assert capfd.readouterr().out == ""
 
 
 def test_without_time_it_returns_the_first_incumbent_with_its_gap() -> None:
@@ -187,6 +202,22 @@ def test_exactly_linear_costs_are_proven_at_scale() -> None:
     solution = solve(problem)
     assert solution.proven
     assert solution.total_bytes == problem.budget_bytes
+
+
+@pytest.mark.parametrize("bits_per_weight", [3.01, 4.37])
+def test_equal_layers_of_a_real_model_are_proven(bits_per_weight: float) -> None:
+    shapes, options = MODELS["Qwen2-1.5B"], OPTIONS[35]
+    weights = np.array([rows * columns for rows, columns in shapes])
+    error = np.array([4.0**-option.bits / (1 + option.rank / 40) for option in options])
+    problem = Problem(
+        cost=np.multiply.outer(weights / weights.sum(), error).ravel(),
+        size=model_sizes(shapes, options).ravel(),
+        start=np.arange(len(shapes) + 1) * len(options),
+        budget_bytes=int(bits_per_weight * weights.sum() / 8),
+    )
+    solution = solve(problem)
+    assert solution.proven
+    assert verify(problem, solution).holds
 
 
 def test_too_many_options_are_refused_with_the_number_and_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,124 @@
+"""W ≈ Q + L·R: more bits or more rank never hurt, batches change nothing, bad ranks are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import compressor.decompose as module
+from allocator.storage import Option
+from compressor.decompose import Curvature, Decomposition, RankError, decompose, row_errors
+
+MakeTensor = Callable[..., Tensor]
+SLACK = 1.01
+"""Rounding is not monotone to the last digit."""
+
+
+def carry_out(w_OI: Tensor, hessian_II: Tensor, options: list[Option], rounds: int = 4) -> list[float]:
+    """Squared output error of every option on one matrix."""
+    found: dict[int, Decomposition] = dict(
+        decompose([w_OI] * len(options), Curvature.of(hessian_II), options, rounds)
+    )
+    assert sorted(found) == list(range(len(options)))
+    return [row_errors(w_OI, found[p].dense(), hessian_II).sum().item() for p in range(len(options))]
+
+
+def falls(errors: list[float]) -> bool:
+    return all(later <= earlier * SLACK for earlier, later in zip(errors, errors[1:], strict=False))
+
+
+@pytest.mark.parametrize("rank", [0, 6])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_error_falls_with_bits(
+    normal: MakeTensor, correlated: MakeTensor, rank: int, group_size: int
+) -> None:
+    options = [Option(bits, rank, group_size, 4 if rank else 0) for bits in (2, 3, 4, 5, 6, 8)]
+    errors = carry_out(normal(48, 96), correlated(96), options)
+    assert falls(errors)
+    assert errors[-1] < errors[0] / 100
+
+
+@pytest.mark.parametrize("bits", [0, 2, 3, 4])
+@pytest.mark.parametrize("factor_bits", [4, 8, 16])
+def test_error_falls_with_rank(
+    normal: MakeTensor, correlated: MakeTensor, bits: int, factor_bits: int
+) -> None:
+    options = [Option(bits, rank, 64 if bits else 0, factor_bits) for rank in (1, 2, 4, 8, 16)]
+    if bits:
+        options.insert(0, Option(bits, 0, 64, 0))
+    errors = carry_out(normal(48, 96), correlated(96), options)
+    assert falls(errors)
+    assert errors[-1] < errors[0]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_alternating_is_never_worse_than_one_shot_and_pays_on_heavy_tails(
+    normal: MakeTensor, bits: int
+) -> None:
+    w_OI, options = normal(48, 96) ** 3, [Option(bits, rank, 32, 8) for rank in (2, 8, 16)]
+    once, often = (carry_out(w_OI, torch.eye(96), options, rounds) for rounds in (1, 4))
+    assert all(after <= before * (1 + 1e-6) for before, after in zip(once, often, strict=True))
+    assert sum(often) < 0.99 * sum(once)
+
+
+def test_batches_change_nothing_but_the_order(
+    normal: MakeTensor, correlated: MakeTensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [
+        Option(3, 4, 32, 4), Option(2, 0, 64, 0), Option(0, 8, 0, 8), Option(4, 2, 64, 16), Option(8, 0, 128, 0)
+    ]  # fmt: skip
+    together = carry_out(normal(32, 64), correlated(64), options)
+    monkeypatch.setattr(module, "MAXIMUM_ELEMENTS", 1)
+    apart = carry_out(normal(32, 64), correlated(64), options)
+    assert apart == pytest.approx(together, rel=0.02)
+
+
+def test_two_runs_give_the_same_codes(normal: MakeTensor, correlated: MakeTensor) -> None:
+    w_OI, curvature, option = normal(32, 64), Curvature.of(correlated(64)), Option(3, 4, 32, 4)
+    ((_, first),), ((_, second),) = (decompose([w_OI], curvature, [option]) for _ in range(2))
+    assert torch.equal(first.dense(), second.dense())
+
+
+def test_pure_low_rank_has_no_grid_and_plain_quantization_no_factors(
+    normal: MakeTensor, correlated: MakeTensor
+) -> None:
+    options = [Option(0, 4, 0, 8), Option(4, 0, 64, 0)]
+    found = dict(decompose([normal(16, 64)] * 2, Curvature.of(correlated(64)), options))
+    assert found[0].quantized is None and found[0].factors is not None
+    assert found[1].quantized is not None and found[1].factors is None
+
+
+@pytest.mark.parametrize("option", [Option(2, 4, 32, 4), Option(0, 4, 0, 16), Option(3, 0, 64, 0)])
+def test_a_matrix_of_zeros_stays_zero(correlated: MakeTensor, option: Option) -> None:
+    assert carry_out(torch.zeros(16, 64), correlated(64), [option]) == [pytest.approx(0, abs=1e-12)]
+
+
+@pytest.mark.parametrize("option", [Option(2, 4, 32, 4), Option(0, 4, 0, 16), Option(3, 0, 64, 0)])
+@pytest.mark.parametrize("seen", [1, 5])
+def test_fewer_tokens_than_channels_are_enough(normal: MakeTensor, option: Option, seen: int) -> None:
+    w_OI, x_nI = normal(16, 64), normal(seen, 64, seed=1)
+    hessian_II = x_nI.T @ x_nI / seen
+    (error,) = carry_out(w_OI, hessian_II, [option])
+    assert error < 0.3 * row_errors(w_OI, w_OI * 0, hessian_II).sum().item()
+
+
+def test_row_errors_are_the_mean_squared_output_errors_of_the_rows(normal: MakeTensor) -> None:
+    w_OI, other_OI, x_nI = normal(8, 20), normal(8, 20, seed=1), normal(50, 20, seed=2)
+    direct_O = (x_nI @ (w_OI - other_OI).T).square().mean(dim=0)
+    assert torch.allclose(row_errors(w_OI, other_OI, x_nI.T @ x_nI / 50), direct_O, rtol=1e-4)
+
+
+def test_a_rank_above_the_smaller_side_is_refused_naming_the_largest(
+    normal: MakeTensor, correlated: MakeTensor
+) -> None:
+    with pytest.raises(RankError, match="rank 17 exceeds .* 16 × 64 matrix; use at most 16"):
+        next(decompose([normal(16, 64)], Curvature.of(correlated(64)), [Option(3, 17, 64, 4)]))
+
+
+def test_full_rank_with_wide_factors_is_nearly_exact(normal: MakeTensor, correlated: MakeTensor) -> None:
+    w_OI, hessian_II = normal(16, 64), correlated(64)
+    (error,) = carry_out(w_OI, hessian_II, [Option(0, 16, 0, 16)])
+    assert error < 1e-4 * row_errors(w_OI, w_OI * 0, hessian_II).sum().item()

@@ -1,0 +1,120 @@
+"""Low rank: the best correction under a Hessian, singular or not, with factors of any width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from compressor.gptq import inverse_factor
+from compressor.lowrank import Factors, dense, factorize, leading_directions, square_root
+
+MakeTensor = Callable[..., Tensor]
+
+
+def decaying(normal: MakeTensor, rows: int, columns: int, rate: float = 0.9) -> Tensor:
+    """A matrix with singular values rate^i."""
+    side = min(rows, columns)
+    left, right = torch.linalg.qr(normal(rows, side)).Q, torch.linalg.qr(normal(columns, side, seed=1)).Q
+    return left * rate ** torch.arange(side) @ right.T
+
+
+def output_energy(delta_OI: Tensor, hessian_II: Tensor) -> float:
+    delta_OI = delta_OI.double()
+    return float(((delta_OI @ hessian_II.double()) * delta_OI).sum())
+
+
+def tail_energy(residual_OI: Tensor, hessian_II: Tensor, rank: int) -> float:
+    """The least error any rank-r correction can leave: the tail of the eigenvalues of E H Eᵀ."""
+    residual_OI = residual_OI.double()
+    value_O = torch.linalg.eigvalsh(residual_OI @ hessian_II.double() @ residual_OI.T).clamp(min=0)
+    return float(value_O.flip(0)[rank:].sum())
+
+
+def factors_of(residual_OI: Tensor, hessian_II: Tensor, rank: int, bits: int = 16) -> Factors:
+    root, factor = square_root(hessian_II), inverse_factor(hessian_II)
+    return factorize(residual_OI[None], root, factor, [rank], [bits])[0]
+
+
+def test_square_root_squares_to_the_hessian(correlated: MakeTensor) -> None:
+    hessian_II = correlated(50)
+    root_II = square_root(hessian_II)
+    assert torch.equal(root_II, root_II.T) or torch.allclose(root_II, root_II.T, atol=1e-5)
+    assert torch.allclose(root_II @ root_II, hessian_II, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+def test_full_rank_reproduces_the_residual_to_the_precision_of_bfloat16(
+    normal: MakeTensor, correlated: MakeTensor, shape: tuple[int, int]
+) -> None:
+    residual_OI = normal(*shape)
+    product_OI = factors_of(residual_OI, correlated(shape[1]), min(shape)).product()
+    assert (product_OI - residual_OI).norm() <= 2**-8 * residual_OI.norm()
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64)])
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_error_is_the_tail_of_the_exact_spectrum(
+    normal: MakeTensor, correlated: MakeTensor, shape: tuple[int, int], rank: int
+) -> None:
+    residual_OI, hessian_II = decaying(normal, *shape), correlated(shape[1])
+    left = output_energy(residual_OI - factors_of(residual_OI, hessian_II, rank).product(), hessian_II)
+    assert left == pytest.approx(tail_energy(residual_OI, hessian_II, rank), rel=0.03)
+
+
+def test_the_hessian_decides_which_directions_count(normal: MakeTensor) -> None:
+    """A residual that is small where inputs are large is corrected there first."""
+    residual_OI = torch.cat([normal(20, 8) * 0.1, normal(20, 8, seed=1)], dim=1)
+    hessian_II = torch.diag(torch.cat([torch.full((8,), 1e4), torch.ones(8)]))
+    left_OI = residual_OI - factors_of(residual_OI, hessian_II, 8).product()
+    assert left_OI[:, :8].norm() < 0.1 * residual_OI[:, :8].norm()
+    assert left_OI[:, 8:].norm() > 0.3 * residual_OI[:, 8:].norm()
+
+
+@pytest.mark.parametrize("rank", [4, 8])
+def test_a_singular_hessian_leaves_only_its_own_tail(normal: MakeTensor, rank: int) -> None:
+    residual_OI, x_nI = normal(32, 48), normal(6, 48, seed=1)
+    hessian_II = x_nI.T @ x_nI / 6
+    left = output_energy(residual_OI - factors_of(residual_OI, hessian_II, rank).product(), hessian_II)
+    whole = output_energy(residual_OI, hessian_II)
+    assert left <= 1.03 * tail_energy(residual_OI, hessian_II, rank) + 1e-4 * whole
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_residual_of_zeros_needs_no_correction(correlated: MakeTensor, bits: int) -> None:
+    product_OI = factors_of(torch.zeros(16, 64), correlated(64), 4, bits).product()
+    assert torch.isfinite(product_OI).all()
+    assert product_OI.abs().max() < 1e-6
+
+
+def test_wider_factors_leave_less_error(normal: MakeTensor, correlated: MakeTensor) -> None:
+    residual_OI, hessian_II = decaying(normal, 64, 96), correlated(96)
+    left = [
+        output_energy(residual_OI - factors_of(residual_OI, hessian_II, 8, bits).product(), hessian_II)
+        for bits in (4, 8, 16)
+    ]
+    assert left[0] > left[1] > left[2] * 0.999
+    assert left[1] < 1.05 * left[2]
+
+
+def test_directions_are_orthonormal_and_in_falling_order(normal: MakeTensor, correlated: MakeTensor) -> None:
+    residual_OI, hessian_II = decaying(normal, 40, 60), correlated(60)
+    direction_Or = leading_directions(residual_OI[None], square_root(hessian_II), 6)[0]
+    energy_r = ((direction_Or.T @ residual_OI @ hessian_II) * (direction_Or.T @ residual_OI)).sum(dim=1)
+    assert torch.allclose(direction_Or.T @ direction_Or, torch.eye(6), atol=1e-5)
+    assert (energy_r.diff() <= 0).all()
+
+
+def test_problems_of_a_batch_keep_their_own_rank_and_width(normal: MakeTensor, correlated: MakeTensor) -> None:
+    residual_POI, hessian_II = normal(3, 24, 64), correlated(64)
+    root, factor = square_root(hessian_II), inverse_factor(hessian_II)
+    batch = factorize(residual_POI, root, factor, [2, 5, 3], [4, 16, 8])
+    assert [dense(f.left_rO).shape for f in batch] == [(2, 24), (5, 24), (3, 24)]
+    for residual_OI, together, rank, bits in zip(residual_POI, batch, [2, 5, 3], [4, 16, 8], strict=True):
+        single = factors_of(residual_OI, hessian_II, rank, bits)
+        energies = [
+            output_energy(residual_OI - f.product(), hessian_II) for f in (together, single)
+        ]
+        assert energies[0] == pytest.approx(energies[1], rel=0.01)
