@@ -155,12 +155,12 @@ def block_fidelity(profile: Profile) -> list[page.BlockFidelity]:
     low, high = profile.interval_factors
     total: dict[int, float] = {}
     for name, record in profile.document.layers.items():
-        cost = next(
-            m.cost
+        error = next(
+            m.error
             for m in profile.measurements[name]
             if (m.option.bits, m.option.rank, m.option.group_size) == (PROBE_BITS, 0, 64)
         )
-        total[record.block] = total.get(record.block, 0.0) + cost * profile.document.gain.mean
+        total[record.block] = total.get(record.block, 0.0) + error * profile.sensitivity(name)
     return [
         page.BlockFidelity(block=b, kl_nats=kl, kl_low=kl * low, kl_high=kl * high) for b, kl in total.items()
     ]

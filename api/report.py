@@ -291,7 +291,9 @@ def write_report(path: Path, report: Report) -> None:
         write_atomically(path, render_report(report).encode("utf-8"))
     except OSError as error:
         reason = error.strerror or "unknown reason"
-        raise OSError(f"cannot write the report {path} ({reason}): choose a file in a writable folder") from error
+        raise OSError(
+            f"cannot write the report {path} ({reason}): choose a file in a writable folder"
+        ) from error
 
 
 def _script_source(source: str) -> str:

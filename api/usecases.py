@@ -201,7 +201,7 @@ def curve_points(profile: Profile, pattern: str = "*") -> list[CurvePoint]:
         fit = profile.document.layers[name].fit
         for m in profile.measurements[name]:
             fitted = fit.error(m.option.bits, m.option.rank, m.option.group_size)
-            cost = m.cost * profile.document.gain.mean
+            cost = m.error * profile.sensitivity(name)
             points.append(
                 CurvePoint(name, **asdict(m.option), error=m.error, fitted_error=fitted, kl_nats=cost)
             )

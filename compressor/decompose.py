@@ -70,6 +70,11 @@ def row_errors(w_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor) -> Te
     return ((delta_OI @ hessian_II) * delta_OI).sum(dim=1).clamp_(min=0)
 
 
+def squared_error(w_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor) -> float:
+    """tr(ΔW H ΔWᵀ): the squared output error of all rows, per token."""
+    return row_errors(w_OI, approximation_OI, hessian_II).sum().item()
+
+
 def decompose(
     weights: Sequence[Tensor], curvature: Curvature, options: Sequence[Option], rounds: int = ROUNDS
 ) -> Iterator[tuple[int, Decomposition]]:
@@ -137,7 +142,7 @@ def _alternate(
 
     def gain(p: int, q: Quantized, factors: Factors, product_OI: Tensor) -> bool:
         """Keep this pair if it is the best so far; whether it is better by `LEAST_GAIN`."""
-        error = row_errors(w_POI[p], q.dequantize() + product_OI, curvature.hessian_II).sum().item()
+        error = squared_error(w_POI[p], q.dequantize() + product_OI, curvature.hessian_II)
         enough = error < least[p] * (1 - LEAST_GAIN)
         if error < least[p]:
             least[p], best[p] = error, Decomposition(options[p], q, factors)

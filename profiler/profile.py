@@ -3,7 +3,7 @@
 What lives here: the files of a profile directory, making one (resumable), and reading one as a `Menu`.
 
     profile.json           schema version, digests, settings, versions, layers with sensitivity and fit, probes, gain
-    measurements.parquet   one row per layer and option: error (relative, squared) and cost (nats/token, uncalibrated)
+    measurements.parquet   one row per layer and option: the relative squared output error
     calibration.safetensors  the token windows, so that a plan is carried out on what it was measured on
     .work/                 while unfinished: statistics and finished layers
 """
@@ -66,7 +66,7 @@ SCHEMA_VERSION = 1
 DEFAULT_TOKENS = 40_960
 PROBE_SHARE = 5
 """One window in so many, but two at least, is held back from the statistics and measures the probes."""
-COLUMNS = ("layer", "bits", "rank", "group_size", "factor_bits", "error", "cost")
+COLUMNS = ("layer", "bits", "rank", "group_size", "factor_bits", "error")
 
 
 class ProfileError(BitrankError):
@@ -135,7 +135,6 @@ class Profile:
             measured = self.measurements[name]
             options = (*(m.option for m in measured), KEEP)
             sizes = [layer_bytes(record.rows, record.columns, o, record.original_bytes) for o in options]
-            cost = np.array([*(m.cost for m in measured), 0.0]) * self.document.gain.mean
             error = np.array([*(m.error for m in measured), 0.0])
             total_bytes = np.array(sizes, dtype=np.int64)
             layers.append(
@@ -147,10 +146,14 @@ class Profile:
                     options,
                     total_bytes,
                     error,
-                    cost,
+                    error * self.sensitivity(name),
                 )
             )
         return Menu(tuple(layers), self.document.kept)
+
+    def sensitivity(self, name: str) -> float:
+        """Nats of KL per token that a unit of a layer's error costs, calibrated by the probes."""
+        return self.document.layers[name].sensitivity * self.document.gain.mean
 
     @property
     def interval_factors(self) -> tuple[float, float]:
@@ -192,11 +195,9 @@ def load_profile(path: Path) -> Profile:
         reason = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
         raise ProfileError(f"{path} is damaged ({reason}); profile the model again") from error
     measurements: dict[str, list[Measurement]] = {}
-    for layer, bits, rank, group_size, factor_bits, error_value, cost in zip(
-        *(rows[c] for c in COLUMNS), strict=True
-    ):
+    for layer, bits, rank, group_size, factor_bits, error in zip(*(rows[c] for c in COLUMNS), strict=True):
         option = Option(bits, rank, group_size, factor_bits)
-        measurements.setdefault(layer, []).append(Measurement(option, error_value, cost))
+        measurements.setdefault(layer, []).append(Measurement(option, error))
     return Profile(
         path, hashlib.sha256(data).hexdigest(), document, {k: tuple(v) for k, v in measurements.items()}
     )
@@ -433,9 +434,7 @@ def sweep_blocks(
 
 def read_sweep(file: Path, layer: Layer) -> LayerSweep:
     document = json.loads(file.read_text())
-    measurements = tuple(
-        Measurement(Option(**m["option"]), m["error"], m["cost"]) for m in document["measurements"]
-    )
+    measurements = tuple(Measurement(Option(**m["option"]), m["error"]) for m in document["measurements"])
     return LayerSweep(layer, measurements, document["signal"], document["sensitivity"], document["tokens"])
 
 
@@ -443,7 +442,7 @@ def probe(
     loaded: LoadedModel, tokens_NT: Tensor, sweeps: Sequence[LayerSweep], work: Path, progress: Progress
 ) -> list[Probe]:
     """The probes whose option every layer was measured at."""
-    costs = [{m.option: m.cost for m in sweep.measurements} for sweep in sweeps]
+    costs = [{m.option: m.error * sweep.sensitivity for m in sweep.measurements} for sweep in sweeps]
     predicted = {o: sum(c[o] for c in costs) for o in PROBES if all(o in c for c in costs)}
     return measure_probes(loaded, tokens_NT, predicted, work / "probes", progress) if predicted else []
 
@@ -472,7 +471,6 @@ def measurements_table(sweeps: Sequence[LayerSweep]) -> bytes:
             m.option.group_size,
             m.option.factor_bits,
             m.error,
-            m.cost,
         )
         for s in sweeps
         for m in s.measurements

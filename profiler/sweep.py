@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from allocator.storage import Option
-from compressor.decompose import Curvature, Decomposition, decompose, row_errors
+from compressor.decompose import Curvature, Decomposition, decompose, squared_error
 from profiler.calibration import InputMoment
 from profiler.layers import Layer, LoadedModel
 
@@ -47,16 +47,16 @@ class GridSettings:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """error: relative squared output error tr(ΔW H ΔWᵀ)/tr(W H Wᵀ). cost: ½ Σ_o G_oo (ΔW H ΔWᵀ)_oo, nats/token."""
+    """error: relative squared output error tr(ΔW H ΔWᵀ)/tr(W H Wᵀ)."""
 
     option: Option
     error: float
-    cost: float
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSweep:
-    """Everything measured of one layer; `signal` is tr(W H Wᵀ) per token, `sensitivity` nats per unit of error."""
+    """Everything measured of one layer. `signal` is tr(W H Wᵀ) per token; `sensitivity`, the nats of KL per token that
+    a unit of error costs before calibration, is ½·mean(diag G)·signal; `tokens` reached the layer."""
 
     layer: Layer
     measurements: tuple[Measurement, ...]
@@ -88,7 +88,7 @@ def sweep_moment(
         members = [layer for layer in moment.layers if (layer.rows, layer.columns) == shape]
         jobs = [(layer, option) for layer in members for option in grid.options(layer)]
         weights = {layer.name: loaded.weight(layer) for layer in members}
-        signal = {name: row_errors(w_OI, w_OI * 0, curvature.hessian_II) for name, w_OI in weights.items()}
+        signal = {name: squared_error(w_OI, w_OI * 0, curvature.hessian_II) for name, w_OI in weights.items()}
         found: dict[str, list[Measurement]] = {layer.name: [] for layer in members}
         stream = decompose(
             [weights[layer.name] for layer, _ in jobs], curvature, [o for _, o in jobs], rounds
@@ -96,16 +96,13 @@ def sweep_moment(
         for p, decomposition in stream:
             layer, option = jobs[p]
             keep(layer, decomposition)
-            error_O = row_errors(weights[layer.name], decomposition.dense(), curvature.hessian_II)
-            relative = error_O.sum().item() / max(signal[layer.name].sum().item(), 1e-30)
-            cost = 0.5 * (gradient_moments[layer.name] * error_O).sum().item()
-            found[layer.name].append(Measurement(option, relative, cost))
+            error = squared_error(weights[layer.name], decomposition.dense(), curvature.hessian_II)
+            found[layer.name].append(Measurement(option, error / max(signal[layer.name], 1e-30)))
         for layer in members:
-            signal_O = signal[layer.name]
             yield LayerSweep(
                 layer=layer,
                 measurements=tuple(sorted(found[layer.name], key=lambda m: m.option)),
-                signal=signal_O.sum().item(),
-                sensitivity=0.5 * gradient_moments[layer.name].mean().item() * signal_O.sum().item(),
+                signal=signal[layer.name],
+                sensitivity=0.5 * gradient_moments[layer.name].mean().item() * signal[layer.name],
                 tokens=moment.count,
             )

@@ -1,0 +1,86 @@
+"""Probes: the one constant that calibrates the prediction, and the width of its interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from allocator.storage import Option
+from compressor.decompose import Curvature, decompose
+from profiler.layers import LoadedModel
+from profiler.probes import Gain, Probe, calibrate, keeper, measure_probes, read_probe
+from profiler.profile import Profile
+
+STUDENT_95_1 = 6.313751514675043
+STUDENT_95_2 = 2.919985580355516
+
+
+def probe(ratio: float, noise: float = 0.0) -> Probe:
+    return Probe(Option(3, 0, 64, 0), 0.5, 0.5 * ratio, 0.5 * ratio * noise)
+
+
+def test_gain_is_the_geometric_mean_of_measured_over_predicted() -> None:
+    assert calibrate([probe(1.0), probe(4.0)]).mean == pytest.approx(2.0)
+
+
+def test_interval_by_hand() -> None:
+    """ln ratios 0 and ln 4: mean ln 2, variance 2·ln²2, prediction variance 3·ln²2 at one degree of freedom."""
+    width = STUDENT_95_1 * math.log(2) * math.sqrt(3)
+    gain = calibrate([probe(1.0), probe(4.0)])
+    assert gain.low == pytest.approx(2 * math.exp(-width))
+    assert gain.high == pytest.approx(2 * math.exp(width))
+
+
+def test_measurement_error_widens_the_interval() -> None:
+    """Three equal ratios with 10 % noise each: only the noise is left."""
+    gain = calibrate([probe(1.2, 0.1)] * 3)
+    assert gain.mean == pytest.approx(1.2)
+    assert gain.high == pytest.approx(1.2 * math.exp(STUDENT_95_2 * 0.1))
+
+
+def test_probes_that_agree_and_have_no_noise_leave_no_interval() -> None:
+    gain = calibrate([probe(1.3)] * 3)
+    assert (gain.low, gain.mean, gain.high) == pytest.approx((1.3, 1.3, 1.3))
+
+
+def test_without_probes_the_prediction_stands_and_may_be_off_by_two() -> None:
+    assert calibrate([]) == Gain(1.0, 0.5, 2.0)
+
+
+def test_a_probe_without_divergence_says_nothing() -> None:
+    assert calibrate([probe(2.0), Probe(Option(8, 0, 64, 0), 1e-9, 0.0, 0.0)]).mean == pytest.approx(2.0)
+
+
+def test_a_kept_probe_is_read_back_as_it_was(tiny_llama: LoadedModel, tmp_path: Path) -> None:
+    layer = tiny_llama.layers[0]
+    weight_OI, curvature = tiny_llama.weight(layer), Curvature.of(torch.eye(layer.columns))
+    options = [Option(3, 0, 64, 0), Option(3, 0, 32, 0)]
+    found = dict(decompose([weight_OI] * 2, curvature, options))
+    for decomposition in found.values():
+        keeper(tmp_path)(layer, decomposition)
+    assert len(list(tmp_path.iterdir())) == 1, "only the probes' own options are kept"
+    assert torch.equal(read_probe(tmp_path, layer, options[0]), found[0].dense())
+
+
+def test_exact_weights_measure_no_divergence(tiny_llama: LoadedModel, tmp_path: Path) -> None:
+    """A probe at 8 bits of weights that lie on its grid is the model itself."""
+    option, tokens_NT = Option(3, 0, 64, 0), torch.randint(128, (4, 32), generator=torch.Generator().manual_seed(1))
+    for layer in tiny_llama.layers:
+        ((_, found),) = decompose([tiny_llama.weight(layer)], Curvature.of(torch.eye(layer.columns)), [option])
+        keeper(tmp_path)(layer, found)
+        tiny_llama.model.get_submodule(layer.name).weight.data.copy_(found.dense())
+    (measured,) = measure_probes(tiny_llama, tokens_NT, {option: 0.1}, tmp_path, lambda *_: None)
+    assert measured.measured_kl == pytest.approx(0, abs=1e-6)
+
+
+def test_a_profile_s_costs_are_the_measured_ones_times_the_gain(tiny_profile: Callable[[str], Profile]) -> None:
+    profile = tiny_profile("llama")
+    for layer in profile.menu.layers:
+        measured = {m.option: m.error * profile.document.layers[layer.name].sensitivity for m in profile.measurements[layer.name]}
+        for option, cost in zip(layer.options[:-1], layer.cost, strict=False):
+            assert cost == pytest.approx(measured[option] * profile.document.gain.mean)
+        assert layer.cost[-1] == 0
