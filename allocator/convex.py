@@ -18,11 +18,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from allocator.errors import AllocationError, InfeasibleError, InvalidProblemError
+from allocator.highs import quiet_stdout
 from allocator.knapsack import solve
 from allocator.problem import Floats, Integers, Menu, Problem, Solution
 from allocator.resources import ResourceProblem, ResourceSolution, check_each_resource
@@ -113,19 +115,20 @@ class _Programme:
         for chains, most in ((problem.chains, np.inf), (problem.ties, 0.0)):
             if chains:
                 rows.append(LinearConstraint(self._steps(chains), 0, most))
-        result = milp(
-            self.cost,
-            integrality=np.ones(len(self.cost), dtype=np.int64),
-            bounds=Bounds(0, 1),
-            constraints=rows,
-            options={"mip_rel_gap": 0.0, "time_limit": seconds},
-        )
+        with quiet_stdout():
+            result = milp(
+                self.cost,
+                integrality=np.ones(len(self.cost), dtype=np.int64),
+                bounds=Bounds(0, 1),
+                constraints=rows,
+                options={"mip_rel_gap": 0.0, "time_limit": seconds},
+            )
         dual = result.mip_dual_bound
         bound = self.base + self.unit * (float(dual) if dual is not None and np.isfinite(dual) else 0.0)
         if result.x is None:
             return None, bound
         start = problem.start
-        taken = [int(np.argmax(result.x[a:b])) for a, b in zip(start[:-1], start[1:], strict=True)]
+        taken = [int(np.argmax(result.x[a:b])) for a, b in pairwise(start)]
         return np.array(taken, dtype=np.int64), bound
 
     def solution(self, choice: Integers, bound: float) -> ResourceSolution:
@@ -150,7 +153,7 @@ class _Programme:
         assert self.problem.level is not None
         start, level = self.problem.start, self.problem.level
         row, column, value = [], [], []
-        steps = [pair for chain in chains for pair in zip(chain[:-1], chain[1:], strict=True)]
+        steps = [pair for chain in chains for pair in pairwise(chain)]
         for index, (before, after) in enumerate(steps):
             for group, sign in ((before, 1.0), (after, -1.0)):
                 options = np.arange(start[group], start[group + 1])

@@ -23,17 +23,13 @@ where equal bytes keep one state, and only as many of them join as the excess ca
 from __future__ import annotations
 
 import math
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Lock
 from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
+from allocator.highs import quiet_stdout
 from allocator.problem import Floats, Integers
 from allocator.relaxation import Candidates
 
@@ -44,7 +40,6 @@ BLIND = 24
 nothing."""
 LADDER = 16
 """Most groups in one stage."""
-_STDOUT = Lock()
 _ZERO_BYTES, _ZERO_COST = np.zeros(1, dtype=np.int64), np.zeros(1)
 
 
@@ -349,7 +344,7 @@ def integer_program(core: Core, excess: float, *, tolerance: float, seconds: flo
         LinearConstraint(one_each, -np.inf, 1),
         LinearConstraint(weight[None], -np.inf, core.slack),
     ]
-    with _stdout_to_stderr():
+    with quiet_stdout():
         answer = milp(
             (core.candidates.reduced_cost - core.multiplier * weight) * scale,
             integrality=np.ones(count, dtype=np.int64),
@@ -367,17 +362,3 @@ def integer_program(core: Core, excess: float, *, tolerance: float, seconds: flo
     if unused < 0 or not apart or found >= excess:
         return Outcome(excess, None, floor)
     return Outcome(found, core.candidates.take(taken), floor)
-
-
-@contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """HiGHS prints on stdout even with its log off, where callers print JSON. One thread at a time."""
-    with _STDOUT:
-        sys.stdout.flush()
-        kept = os.dup(1)
-        os.dup2(2, 1)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 1)
-            os.close(kept)

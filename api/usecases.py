@@ -295,6 +295,8 @@ def evaluate_model(
     from profiler.layers import load_model
 
     original = load_model(find_model(reference), device)
+    if prompts and original.tokenizer is None:
+        raise BitrankError(f"{reference} has no tokenizer to read a prompt with; leave --prompt out")
     if text is None and reference == DEMO:
         text = DEMO_PATH / "evaluation.txt"
     if text is not None:

@@ -53,7 +53,7 @@ def stored_logits(reference: nn.Module, tokens_NT: Tensor, path: Path) -> Refere
     with path.open("wb") as file:
         for first in range(0, len(tokens_NT), BATCH):
             logits_NTV = live(first, tokens_NT[first : first + BATCH])
-            logits_NTV.cpu().numpy().tofile(file)
+            file.write(logits_NTV.cpu().contiguous().numpy().data)
     per_window = logits_NTV[0].numel()
 
     def read(first: int, batch_NT: Tensor) -> Tensor:

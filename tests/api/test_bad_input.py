@@ -361,14 +361,14 @@ def test_another_profile_is_not_overwritten(bitrank: CommandLine, road: Road) ->
 # Disks that fill up
 
 
-@pytest.mark.parametrize("file_bytes", [200, 4_200, 100_000, 1_000_000])
+@pytest.mark.parametrize("file_bytes", [200, 100_000, 1_000_000])
 def test_a_full_disk_leaves_no_finished_profile_and_is_resumed(
     bitrank: CommandLine, road: Road, file_bytes: int
 ) -> None:
-    """The limits fall on the request, a layer's measurements, the block inputs and the probes' logits."""
+    """The limits fall on the request, the block inputs and the probes' logits."""
     outcome = bitrank(*road.profiling("out"), file_bytes=file_bytes)
     assert outcome.code == 1
-    assert "File too large" in outcome.complaint or "requested" in outcome.complaint
+    assert "File too large" in outcome.complaint
     assert "free some space" in outcome.complaint
     assert not (bitrank.folder / "out" / "profile.json").exists()
     assert not debris(bitrank.folder)
@@ -397,11 +397,13 @@ def test_a_full_disk_leaves_no_finished_checkpoint_and_is_resumed(bitrank: Comma
     assert not (bitrank.folder / "out.partial").exists()
 
 
-@pytest.mark.parametrize(("command", "disk"), [("profile", "300k"), ("compress", "1200k")])
+@pytest.mark.parametrize(
+    ("command", "disk"), [("profile", "300k"), ("profile", "480k"), ("compress", "1200k")]
+)
 def test_a_truly_full_disk_is_an_error_and_not_a_crash(
     tmp_path: Path, road: Road, command: str, disk: str
 ) -> None:
-    """A small memory file system in a namespace of its own, filled up half way by the real command."""
+    """A memory file system in a namespace of its own, which fills up among block inputs, layers and activations."""
     output = tmp_path / "disk" / "out"
     output.parent.mkdir()
     mount = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", output.parent]

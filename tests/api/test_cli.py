@@ -1,12 +1,206 @@
-def test_road(road, bitrank):
-    import time
-    for a in [("plan", road.profile), ("plan", road.profile,"--budget","1bpw"),("profile", road.checkpoint, "-o","x"),("nonsense",),
-       ("profile","/no/model","-o","x"),("profile","nomodel","-o","x"),
-       (*road.profiling("x"),"--device","cuda"),(*road.profiling("y"),"--tokens","200"),(*road.profiling("y3"),"--tokens","63"),
-       ("profile",road.model,"-o","z","--tokens","200","--bits","3","--ranks","0","--group-sizes","128"),
-       ("compress",road.plan,"-o","ck","--device","cuda"),("compress",road.plan,"-o",road.checkpoint),("compress","nope.json","-o","q"),
-       ("evaluate",road.checkpoint,"--reference","demo"),("evaluate",road.checkpoint,"--reference",road.model,"--json","--tokens","640"),
-       ]:
-        t=time.time(); o=bitrank(*a); print(a[0], o.code, f"{time.time()-t:.1f}", o.stdout[-300:], o.stderr[-400:])
-    import os
-    print(os.listdir(bitrank.folder), os.listdir(bitrank.folder/"x") if (bitrank.folder/"x").exists() else '')
+"""The command line's contract: one JSON document on stdout, everything else on stderr, and help at once."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import CommandLine
+from conftest import Road
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("demo", "profile", "plan", "frontier", "curves", "compress", "evaluate")
+HEAVY = {"torch", "transformers", "numpy", "scipy", "cvxpy", "pandas", "pyarrow", "fastapi"}
+
+
+def answer(bitrank: CommandLine, *arguments: str | Path) -> Any:
+    """What a command prints with --json, which is one strict JSON document and nothing else."""
+    outcome = bitrank(*arguments, "--json")
+    assert outcome.code == 0, outcome.stderr
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(outcome.stdout, parse_constant=refuse)
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    arguments = [*command.split(), "--help"]
+    process = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "api.cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Usage:" in process.stdout
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in process.stderr.splitlines()}
+    assert "typer" in imported
+    assert not imported & HEAVY
+
+
+def test_help_names_every_command(bitrank: CommandLine) -> None:
+    words = bitrank("--help").stdout.split()
+    assert [command for command in COMMANDS if command not in words] == []
+
+
+def test_the_installed_script_is_the_module() -> None:
+    script = Path(sys.executable).with_name("bitrank")
+    if not script.exists():
+        pytest.skip("bitrank is not installed beside this Python")
+    process = subprocess.run([script, "plan", "/nowhere"], capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stderr.startswith("bitrank: /nowhere is not a profile directory")
+    assert process.stderr.count("\n") == 1
+
+
+# Profile
+
+
+def test_profile_reports_what_it_measured(bitrank: CommandLine, road: Road) -> None:
+    """A finished profile of the same settings is reported again, not made again."""
+    before = {file: file.stat().st_mtime_ns for file in road.profile.iterdir()}
+    report = answer(bitrank, *road.profiling(road.profile))
+    assert report["profile"] == str(road.profile)
+    assert report["layers"] == 14
+    assert report["measurements"] == 14 * (3 * 2 + 3)
+    assert report["worst_r_squared"] > 0.9
+    assert {file: file.stat().st_mtime_ns for file in road.profile.iterdir()} == before
+
+
+def test_progress_goes_to_stderr(bitrank: CommandLine, road: Road) -> None:
+    arguments = ("profile", road.model, "-o", "out", "--tokens", "192", "--bits", "2", "--ranks", "0")
+    outcome = bitrank(*arguments, "--group-sizes", "64", "--json")
+    assert json.loads(outcome.stdout)["layers"] == 14
+    assert "sampling calibration text" in outcome.stderr
+    assert "sweep" in outcome.stderr
+
+
+# Plan
+
+
+def test_plan_prints_the_plan_it_writes(bitrank: CommandLine, road: Road) -> None:
+    plan = answer(bitrank, "plan", road.profile, "--budget", "3bpw")
+    assert plan == json.loads((bitrank.folder / "plan.json").read_text())
+    assert plan["total_bytes"] <= plan["budget"]["bytes"]
+    assert plan["total_bytes"] == sum(plan["kept"].values()) + sum(
+        layer["bytes"] for layer in plan["layers"].values()
+    )
+    assert plan["lower_bound"] <= plan["predicted_kl"]
+
+
+@pytest.mark.parametrize(("strategy", "rank"), [("uniform:3", 0), ("uniform:3:r4", 4)])
+def test_a_uniform_strategy_needs_no_budget(
+    bitrank: CommandLine, road: Road, strategy: str, rank: int
+) -> None:
+    plan = answer(bitrank, "plan", road.profile, "--strategy", strategy)
+    options = {(layer["bits"], layer["rank"], layer["group_size"]) for layer in plan["layers"].values()}
+    assert options == {(3, rank, 64)}
+    assert plan["strategy"] == strategy
+    assert plan["budget"]["bytes"] == plan["total_bytes"]
+
+
+def test_the_optimum_loses_no_more_than_uniform_at_the_same_bytes(bitrank: CommandLine, road: Road) -> None:
+    uniform = answer(bitrank, "plan", road.profile, "--strategy", "uniform:3")
+    best = answer(bitrank, "plan", road.profile, "--budget", f"{uniform['total_bytes']}B")
+    assert best["total_bytes"] <= uniform["total_bytes"]
+    assert best["predicted_kl"] <= uniform["predicted_kl"]
+    assert uniform["gap"] >= uniform["predicted_kl"] - best["predicted_kl"] - 1e-12
+
+
+def test_plan_says_what_it_decided(bitrank: CommandLine, road: Road) -> None:
+    outcome = bitrank("plan", road.profile, "--budget", "3bpw")
+    assert outcome.code == 0
+    for words in ("plan.json: ", " bpw", "predicted KL", "gap", "one more MiB", "layers at"):
+        assert words in outcome.stdout
+    assert outcome.stderr == ""
+
+
+# Frontier and curves
+
+
+def test_the_frontier_falls_with_size_and_lies_below_uniform(bitrank: CommandLine, road: Road) -> None:
+    found = answer(bitrank, "frontier", road.profile)
+    sizes = [point["total_bytes"] for point in found["frontier"]]
+    losses = [point["kl_nats"] for point in found["frontier"]]
+    assert len(sizes) > 10
+    assert sizes == sorted(sizes)
+    assert losses == sorted(losses, reverse=True)
+    assert [point["strategy"] for point in found["uniform"]] == ["uniform:2", "uniform:3", "uniform:4"]
+    for point in found["uniform"]:
+        larger = [loss for size, loss in zip(sizes, losses, strict=True) if size >= point["total_bytes"]]
+        assert larger[0] <= point["kl_nats"]
+
+
+def test_curves_are_of_the_layers_asked_for(bitrank: CommandLine, road: Road) -> None:
+    found = answer(bitrank, "curves", road.profile, "--layer", "*.0.mlp.*")
+    names = {f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")}
+    assert set(found["fits"]) == names
+    assert {point["layer"] for point in found["points"]} == names
+    assert len(found["points"]) == 3 * 9
+    errors = {
+        (point["layer"], point["bits"]): point["error"]
+        for point in found["points"]
+        if (point["rank"], point["group_size"]) == (0, 64)
+    }
+    assert all(errors[name, 2] > errors[name, 3] > errors[name, 4] > 0 for name in names)
+
+
+def test_curves_of_no_layer_say_what_names_look_like(bitrank: CommandLine, road: Road) -> None:
+    outcome = bitrank("curves", road.profile, "--layer", "nothing")
+    assert outcome.code == 1
+    assert "no layer matches 'nothing'" in outcome.complaint
+    assert "model.layers.0." in outcome.complaint
+
+
+@pytest.mark.parametrize(
+    ("command", "heading"), [("frontier", "predicted KL"), ("curves", "error (squared)")]
+)
+def test_tables_are_for_people(bitrank: CommandLine, road: Road, command: str, heading: str) -> None:
+    outcome = bitrank(command, road.profile)
+    assert outcome.code == 0
+    header, *rows = outcome.stdout.splitlines()
+    assert heading in header
+    assert len(rows) > 10
+    assert outcome.stderr == ""
+
+
+# Compress and evaluate
+
+
+def test_compress_writes_the_bytes_that_the_plan_says(bitrank: CommandLine, road: Road) -> None:
+    made = answer(bitrank, "compress", road.plan, "-o", "out")
+    assert made == {
+        "checkpoint": "out",
+        "tensor_bytes": json.loads(road.plan.read_text())["total_bytes"],
+    }
+    assert not [path for path in bitrank.folder.iterdir() if path.name.startswith(("out.", ".out"))]
+
+
+def test_evaluate_answers_with_the_agreed_keys(bitrank: CommandLine, road: Road) -> None:
+    arguments = ("evaluate", road.checkpoint, "--reference", road.model, "--text", road.text)
+    found = answer(bitrank, *arguments, "--tokens", "512", "--prompt", "In the beginning")
+    assert 0 < found["kl_nats"] < 10
+    assert found["perplexity"] > 1
+    assert found["reference_perplexity"] > 1
+    assert -1 <= found["logits_cosine"] < 1
+    assert 0 <= found["top1_agreement"] < 1
+    assert found["tokens_per_second"] > 0
+    assert found["tensor_bytes"] == json.loads(road.plan.read_text())["total_bytes"]
+    assert found["samples"][0]["prompt"] == "In the beginning"
+
+
+def test_a_model_does_not_differ_from_itself(bitrank: CommandLine, road: Road) -> None:
+    """On one window, whose standard error is unknown and therefore null."""
+    arguments = ("evaluate", road.model, "--reference", road.model, "--text", road.text, "--tokens", "64")
+    found = answer(bitrank, *arguments)
+    assert found["kl_nats"] == pytest.approx(0, abs=1e-6)
+    assert found["top1_agreement"] == 1
+    assert found["perplexity"] == found["reference_perplexity"]
+    assert found["kl_standard_error"] is None

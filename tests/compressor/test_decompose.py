@@ -10,7 +10,7 @@ from torch import Tensor
 
 import compressor.decompose as module
 from allocator.storage import Option
-from compressor.decompose import Curvature, Decomposition, RankError, decompose, row_errors
+from compressor.decompose import Curvature, Decomposition, RankError, decompose, squared_error
 
 MakeTensor = Callable[..., Tensor]
 SLACK = 1.01
@@ -23,7 +23,7 @@ def carry_out(w_OI: Tensor, hessian_II: Tensor, options: list[Option], rounds: i
         decompose([w_OI] * len(options), Curvature.of(hessian_II), options, rounds)
     )
     assert sorted(found) == list(range(len(options)))
-    return [row_errors(w_OI, found[p].dense(), hessian_II).sum().item() for p in range(len(options))]
+    return [squared_error(w_OI, found[p].dense(), hessian_II) for p in range(len(options))]
 
 
 def falls(errors: list[float]) -> bool:
@@ -102,13 +102,13 @@ def test_fewer_tokens_than_channels_are_enough(normal: MakeTensor, option: Optio
     w_OI, x_nI = normal(16, 64), normal(seen, 64, seed=1)
     hessian_II = x_nI.T @ x_nI / seen
     (error,) = carry_out(w_OI, hessian_II, [option])
-    assert error < 0.3 * row_errors(w_OI, w_OI * 0, hessian_II).sum().item()
+    assert error < 0.3 * squared_error(w_OI, w_OI * 0, hessian_II)
 
 
-def test_row_errors_are_the_mean_squared_output_errors_of_the_rows(normal: MakeTensor) -> None:
+def test_squared_error_is_the_mean_squared_output_error_of_all_rows(normal: MakeTensor) -> None:
     w_OI, other_OI, x_nI = normal(8, 20), normal(8, 20, seed=1), normal(50, 20, seed=2)
-    direct_O = (x_nI @ (w_OI - other_OI).T).square().mean(dim=0)
-    assert torch.allclose(row_errors(w_OI, other_OI, x_nI.T @ x_nI / 50), direct_O, rtol=1e-4)
+    direct = (x_nI @ (w_OI - other_OI).T).square().sum(dim=1).mean().item()
+    assert squared_error(w_OI, other_OI, x_nI.T @ x_nI / 50) == pytest.approx(direct, rel=1e-4)
 
 
 def test_a_rank_above_the_smaller_side_is_refused_naming_the_largest(
@@ -121,4 +121,4 @@ def test_a_rank_above_the_smaller_side_is_refused_naming_the_largest(
 def test_full_rank_with_wide_factors_is_nearly_exact(normal: MakeTensor, correlated: MakeTensor) -> None:
     w_OI, hessian_II = normal(16, 64), correlated(64)
     (error,) = carry_out(w_OI, hessian_II, [Option(0, 16, 0, 16)])
-    assert error < 1e-4 * row_errors(w_OI, w_OI * 0, hessian_II).sum().item()
+    assert error < 1e-4 * squared_error(w_OI, w_OI * 0, hessian_II)

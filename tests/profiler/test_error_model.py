@@ -30,7 +30,7 @@ def measure(model: ErrorModel, noise: float = 0.0, seed: int = 0) -> list[Measur
     """The model's own errors on the grid, with log-normal noise."""
     generator = np.random.default_rng(seed)
     return [
-        Measurement(o, model.error(o.bits, o.rank, o.group_size) * math.exp(noise * generator.normal()), 0.0)
+        Measurement(o, model.error(o.bits, o.rank, o.group_size) * math.exp(noise * generator.normal()))
         for o in grid()
     ]
 
@@ -59,7 +59,7 @@ def test_noise_of_three_percent_leaves_an_r_squared_above_0_999() -> None:
 
 def test_one_wild_measurement_does_not_move_the_fit() -> None:
     measured = measure(true_model(1.0, 2.0, 20.0, 0.6, 1.0))
-    measured[5] = Measurement(measured[5].option, measured[5].error * 20, 0.0)
+    measured[5] = Measurement(measured[5].option, measured[5].error * 20)
     fit = fit_error_model(measured, N)
     assert fit.beta == pytest.approx(2.0, rel=0.02)
     assert fit.worst_ratio > 10
@@ -93,12 +93,12 @@ def test_without_ranks_the_bits_alone_are_fitted() -> None:
 
 
 def test_one_width_alone_is_fitted_through_its_point() -> None:
-    fit = fit_error_model([Measurement(Option(3, 0, 64, 0), 0.02, 0.0)], N)
+    fit = fit_error_model([Measurement(Option(3, 0, 64, 0), 0.02)], N)
     assert fit.error(3, 0, 64) == pytest.approx(0.02, rel=0.01)
 
 
 def test_a_layer_without_error_has_a_model_without_error() -> None:
     """A matrix of zeros, which some checkpoints have, is exact under every option."""
-    fit = fit_error_model([Measurement(option, 0.0, 0.0) for option in grid()], N)
+    fit = fit_error_model([Measurement(option, 0.0) for option in grid()], N)
     assert fit.error(2, 0, 64) == 0
     assert fit.r_squared == 1

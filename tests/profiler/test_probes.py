@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from allocator.storage import Option
+from allocator.storage import KEEP, Option
 from compressor.decompose import Curvature, decompose
 from profiler.layers import LoadedModel
 from profiler.probes import Gain, Probe, calibrate, keeper, measure_probes, read_probe
@@ -77,10 +77,13 @@ def test_exact_weights_measure_no_divergence(tiny_llama: LoadedModel, tmp_path: 
     assert measured.measured_kl == pytest.approx(0, abs=1e-6)
 
 
-def test_a_profile_s_costs_are_the_measured_ones_times_the_gain(tiny_profile: Callable[[str], Profile]) -> None:
+def test_a_profile_s_costs_are_error_times_sensitivity_times_gain(
+    tiny_profile: Callable[[str], Profile],
+) -> None:
     profile = tiny_profile("llama")
     for layer in profile.menu.layers:
-        measured = {m.option: m.error * profile.document.layers[layer.name].sensitivity for m in profile.measurements[layer.name]}
-        for option, cost in zip(layer.options[:-1], layer.cost, strict=False):
-            assert cost == pytest.approx(measured[option] * profile.document.gain.mean)
-        assert layer.cost[-1] == 0
+        price = profile.document.layers[layer.name].sensitivity * profile.document.gain.mean
+        errors = {m.option: m.error for m in profile.measurements[layer.name]} | {KEEP: 0.0}
+        assert layer.options == tuple(errors)
+        assert layer.error.tolist() == list(errors.values())
+        assert layer.cost.tolist() == pytest.approx([error * price for error in errors.values()])
