@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allocator.errors import BitrankError
@@ -221,7 +220,7 @@ def _lend_to_silent(loaded: LoadedModel, moments: dict[str, Tensor]) -> dict[str
 
 
 def _output_gradient(loaded: LoadedModel, batch_NT: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient of −Σ log p(ŷ) by the last block's output."""
+    """Gradient of −Σ log p(ŷ) by the last block's output; by the logits it is p − onehot(ŷ)."""
     leaves: list[Tensor] = []
 
     def cut(module: nn.Module, arguments: Any, output: Any) -> Any:
@@ -234,9 +233,10 @@ def _output_gradient(loaded: LoadedModel, batch_NT: Tensor, generator: torch.Gen
         logits_NTV = loaded.model(batch_NT, use_cache=False).logits.float()
     finally:
         handle.remove()
-    logits_nV = logits_NTV.flatten(0, 1)
-    drawn_n = torch.multinomial(logits_nV.detach().softmax(-1), 1, generator=generator).squeeze(1)
-    F.cross_entropy(logits_nV, drawn_n, reduction="sum").backward()
+    by_logits_nV = logits_NTV.detach().softmax(-1).flatten(0, 1)
+    drawn_n1 = torch.multinomial(by_logits_nV, 1, generator=generator)
+    by_logits_nV.scatter_add_(1, drawn_n1, torch.full_like(drawn_n1, -1, dtype=by_logits_nV.dtype))
+    logits_NTV.backward(by_logits_nV.view_as(logits_NTV))
     gradient = leaves[0].grad
     assert gradient is not None
     return gradient

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from profiler.calibration import Progress, silent
 from profiler.layers import LoadedModel
 
-BATCH = 4
+BATCH = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,14 @@ def measure(
     rows = []
     for first in range(0, len(tokens_NT), BATCH):
         batch_NT = tokens_NT[first : first + BATCH].to(device)
-        reference_NTV = reference(first, batch_NT)[:, :-1].to(device)
-        logits_NTV = model(batch_NT, use_cache=False).logits[:, :-1].float()
-        rows.append(_compare(logits_NTV, reference_NTV, batch_NT[:, 1:]))
+        reference_NTV = reference(first, batch_NT).to(device)
+        logits_NTV = model(batch_NT, use_cache=False).logits.float()
+        rows += [
+            _compare(q_TV[:-1], p_TV[:-1], target_T[1:])
+            for q_TV, p_TV, target_T in zip(logits_NTV, reference_NTV, batch_NT, strict=True)
+        ]
         progress("measuring", min(first + BATCH, len(tokens_NT)), len(tokens_NT))
-    window_N5 = torch.cat(rows).double()
+    window_N5 = torch.stack(rows).double()
     kl, nll, reference_nll, cosine, agreement = window_N5.mean(dim=0).tolist()
     spread = window_N5[:, 0].std().item() / len(window_N5) ** 0.5 if len(window_N5) > 1 else float("nan")
     return Fidelity(
@@ -90,15 +93,15 @@ def measure(
     )
 
 
-def _compare(logits_NTV: Tensor, reference_NTV: Tensor, target_NT: Tensor) -> Tensor:
-    """Per window (N, 5): KL, loss, reference loss, cosine, agreement, each a mean over its tokens."""
-    log_q, log_p = logits_NTV.log_softmax(-1), reference_NTV.log_softmax(-1)
-    kl_NT = (log_p.exp() * (log_p - log_q)).sum(-1)
-    nll_NT = -log_q.gather(-1, target_NT[..., None]).squeeze(-1)
-    reference_nll_NT = -log_p.gather(-1, target_NT[..., None]).squeeze(-1)
-    cosine_NT = F.cosine_similarity(logits_NTV, reference_NTV, dim=-1)
-    same_NT = (logits_NTV.argmax(-1) == reference_NTV.argmax(-1)).float()
-    return torch.stack([t.mean(dim=1) for t in (kl_NT, nll_NT, reference_nll_NT, cosine_NT, same_NT)], dim=1)
+def _compare(logits_TV: Tensor, reference_TV: Tensor, target_T: Tensor) -> Tensor:
+    """Of one window (5,): KL, loss, reference loss, cosine, agreement, each a mean over its tokens."""
+    log_q, log_p = logits_TV.log_softmax(-1), reference_TV.log_softmax(-1)
+    nll = -log_q.gather(-1, target_T[:, None]).mean()
+    reference_nll = -log_p.gather(-1, target_T[:, None]).mean()
+    kl = (log_p.exp() * log_p.sub_(log_q)).sum(-1).mean()
+    cosine = F.cosine_similarity(logits_TV, reference_TV, dim=-1).mean()
+    same = (logits_TV.argmax(-1) == reference_TV.argmax(-1)).float().mean()
+    return torch.stack([kl, nll, reference_nll, cosine, same])
 
 
 @torch.inference_mode()
