@@ -1,7 +1,8 @@
 """The HTML report of a demonstration run: its data as pydantic models, and the one file that shows them.
 
-The file opens offline: the template, the vendored scripts and `charts.js` of `api/web/` are inlined, and the
-data lie in a JSON block that the page reads as text. Measuring, planning and drawing live elsewhere.
+The file opens offline: the template, the vendored scripts, `charts.js` and `charts.css` of `api/web/` are
+inlined, and the data lie in a JSON block that the page reads as text. Measuring, planning and drawing live
+elsewhere.
 """
 
 import base64
@@ -271,6 +272,7 @@ def render_report(report: Report) -> str:
     assert page_script is not None
     scripts = [_script_source((WEB / name).read_text(encoding="utf-8")) for name in SCRIPTS]
     parts = {
+        "style": (WEB / "charts.css").read_text(encoding="utf-8").rstrip(),
         "title": html.escape(f"bitrank report: {report.model.id}"),
         "script_hashes": " ".join(_content_hash(source) for source in [*scripts, page_script[1]]),
         "scripts": "\n".join(f"<script>{source}</script>" for source in scripts),

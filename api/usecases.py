@@ -24,6 +24,7 @@ from allocator.strategies import Optimal, choice_bytes, choose, parse_strategy
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from allocator.constraints import Constraints
     from allocator.problem import Menu
     from profiler.calibration import Progress
     from profiler.evaluation import Fidelity
@@ -334,4 +335,27 @@ def evaluate_loaded(
         tokens_per_second=tokens_per_second(compressed),
         tensor_bytes=tensor_bytes(compressed.ref.path),
         samples=tuple(SamplePair(p, generate(original, p), generate(compressed, p)) for p in prompts),
+    )
+
+
+CONSTRAINED_SECONDS = 5.0
+"""Longest search under constraints before the best plan found is returned with its gap."""
+
+
+def plan_constrained(profile: Profile, budget: str, constraints: Constraints) -> Plan:
+    """The optimal plan under constraints. Raises `ConstraintError` and what `plan_budget` raises."""
+    from allocator.allocation import allocate
+
+    menu = profile.menu
+    total = budget_bytes(menu, parse_budget(budget))
+    found = allocate(menu, total, constraints, time_limit_seconds=CONSTRAINED_SECONDS)
+    return make_plan(
+        menu,
+        found.choice,
+        model=profile.document.model,
+        profile_sha256=profile.sha256,
+        budget=PlanBudget(text=budget, bytes=total),
+        bound=found,
+        strategy="optimal",
+        interval_factors=profile.interval_factors,
     )

@@ -130,7 +130,19 @@ def _check_bytes(name: str, planned: PlanLayer, stored: dict[str, Tensor]) -> No
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], digest: str) -> None:
-    write_atomically(path, save(tensors, metadata={"format": "pt", "plan_sha256": digest}))
+    write_atomically(path, with_metadata(save(tensors), {"format": "pt", "plan_sha256": digest}))
+
+
+def with_metadata(data: bytes, metadata: dict[str, str]) -> bytes:
+    """A safetensors file with `metadata` put in its header.
+
+    safetensors itself writes metadata in random order, and the same plan must give the same bytes.
+    """
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": metadata} | json.loads(data[8 : 8 + size]), separators=(",", ":"))
+    text = header.encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def is_finished(path: Path, digest: str) -> bool:

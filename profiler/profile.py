@@ -14,7 +14,7 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from io import BytesIO
@@ -37,6 +37,7 @@ from allocator.problem import LayerMenu, Menu
 from allocator.storage import KEEP, Option, layer_bytes
 from compressor.decompose import ROUNDS
 from profiler.calibration import (
+    BlockCall,
     BlockInputs,
     CalibrationError,
     Progress,
@@ -44,6 +45,7 @@ from profiler.calibration import (
     gradient_moments,
     input_moments,
     sample_tokens,
+    silent,
     text_tokens,
     tokens_sha256,
 )
@@ -224,6 +226,92 @@ def build_profile(ref: ModelRef, output: Path, settings: ProfileSettings, progre
     A finished profile of the same model and settings is returned as it is. Raises `ProfileError` when the directory
     holds something else.
     """
+    run = open_run(ref, output, settings)
+    if is_finished(output, run.request):
+        return load_profile(output)
+    begin_profile(run, progress)
+    for index in range(run.block_count):
+        sweep_block(run, index, progress)
+    return finish_profile(run, progress)
+
+
+@dataclass(frozen=True)
+class ProfileRun:
+    """A profile being made in `output`: begun once, swept block by block in any order and process, finished once.
+
+    Everything here follows from the model, the settings and the files under `work`, so that processes which share
+    the directory share the run.
+    """
+
+    output: Path
+    settings: ProfileSettings
+    loaded: LoadedModel
+    weights: str
+    grid: GridSettings
+    request: str
+
+    @property
+    def work(self) -> Path:
+        return self.output / ".work"
+
+    @property
+    def block_count(self) -> int:
+        return len(self.loaded.block_names)
+
+    @cached_property
+    def given(self) -> tuple[Tensor | None, str]:
+        """Token windows of the given or shipped text, None where they are sampled, and their source."""
+        return given_tokens(self.loaded, self.settings)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Every window (N, T) in the order of the seed; once begun, sampled windows come from `work`."""
+        given_NT, seed = self.given[0], self.settings.seed
+        if given_NT is None:
+            given_NT = sampled_tokens(self.loaded, self.settings, self.work, silent)
+        return shuffled(given_NT, seed)
+
+    @property
+    def probe_windows(self) -> int:
+        return max(2, len(self.tokens) // PROBE_SHARE)
+
+    @property
+    def fitting_tokens(self) -> Tensor:
+        return self.tokens[: len(self.tokens) - self.probe_windows]
+
+    @property
+    def probe_tokens(self) -> Tensor:
+        return self.tokens[len(self.tokens) - self.probe_windows :]
+
+    @cached_property
+    def inputs(self) -> list[BlockInputs]:
+        return block_inputs(self.loaded, self.fitting_tokens, self.work)
+
+    @cached_property
+    def moments(self) -> dict[str, Tensor]:
+        """diag G of every layer, from `work` once begun."""
+        return gradient_statistics(
+            self.loaded, self.fitting_tokens, self.settings.seed, self.inputs, self.work, silent
+        )
+
+    @cached_property
+    def calls(self) -> dict[int, list[BlockCall]]:
+        return block_calls(self.loaded, self.fitting_tokens)
+
+    def layer_file(self, layer: Layer) -> Path:
+        """Where a layer's sweep lies once it is finished."""
+        return self.work / "layers" / f"{layer.name}.json"
+
+    def is_swept(self, layers: Iterable[Layer]) -> bool:
+        return all(self.layer_file(layer).exists() for layer in layers)
+
+    def report_sweep(self, progress: Progress) -> None:
+        done = sum(self.layer_file(layer).exists() for layer in self.loaded.layers)
+        progress("sweep", done, len(self.loaded.layers))
+
+
+def open_run(ref: ModelRef, output: Path, settings: ProfileSettings) -> ProfileRun:
+    """Load the model for a profile in `output`, which is neither read nor written yet."""
     check_uncompressed(ref)
     weights = weights_sha256(ref)
     loaded = load_model(ref, settings.device)
@@ -231,40 +319,61 @@ def build_profile(ref: ModelRef, output: Path, settings: ProfileSettings, progre
     request = json.dumps(
         {"weights": weights, "grid": asdict(grid), "settings": describe(settings)}, sort_keys=True
     )
-    if is_finished(output, request):
-        return load_profile(output)
-    given_NT, source = given_tokens(loaded, settings)
-    work = prepare(output, request)
-    tokens_NT = shuffled(
-        sampled_tokens(loaded, settings, work, progress) if given_NT is None else given_NT, settings.seed
-    )
-    probe_windows = max(2, len(tokens_NT) // PROBE_SHARE)
-    fitting_NT, probe_NT = (
-        tokens_NT[: len(tokens_NT) - probe_windows],
-        tokens_NT[len(tokens_NT) - probe_windows :],
-    )
-    inputs = block_inputs(loaded, fitting_NT, work)
-    moments = gradient_statistics(loaded, fitting_NT, settings.seed, inputs, work, progress)
-    sweeps = sweep_blocks(loaded, fitting_NT, grid, settings.rounds, inputs, moments, work, progress)
+    return ProfileRun(output, settings, loaded, weights, grid, request)
+
+
+def begin_profile(run: ProfileRun, progress: Progress) -> None:
+    """Tokens, gradient moments and every block's inputs into `run.work`, unless there. One process at a time."""
+    given_NT, _ = run.given
+    prepare(run.output, run.request)
+    if given_NT is None:
+        sampled_tokens(run.loaded, run.settings, run.work, progress)
+    gradient_statistics(run.loaded, run.fitting_tokens, run.settings.seed, run.inputs, run.work, progress)
+
+
+def sweep_block(run: ProfileRun, index: int, progress: Progress) -> list[str]:
+    """Measure the layers of one block of a begun run that have no file yet; the names of those measured."""
+    measured: list[str] = []
+    run.report_sweep(progress)
+    if run.is_swept(run.loaded.layers_of(index)):
+        return measured
+    keep = keeper(run.work / "probes")
+    for moment in input_moments(run.loaded, index, run.calls, run.inputs[index]):
+        if run.is_swept(moment.layers):
+            continue
+        for sweep in sweep_moment(run.loaded, moment, run.moments, run.grid, keep, run.settings.rounds):
+            write_atomically(run.layer_file(sweep.layer), json.dumps(asdict(sweep)).encode())
+            measured.append(sweep.layer.name)
+            run.report_sweep(progress)
+    return measured
+
+
+def finish_profile(run: ProfileRun, progress: Progress) -> Profile:
+    """Measure the probes of a run whose blocks are all swept, and write the profile.
+
+    Overwrites the model's weights, so the run is spent.
+    """
+    loaded, tokens_NT = run.loaded, run.tokens
+    sweeps = [read_sweep(run.layer_file(layer), layer) for layer in loaded.layers]
     original_bytes = loaded.storage_dtype.itemsize
     kept = {name: t.numel() * t.element_size() for name, t in loaded.kept_tensors()}
-    probes = probe(loaded, probe_NT, sweeps, work, progress)
+    probes = probe(loaded, run.probe_tokens, sweeps, run.work, progress)
     table = measurements_table(sweeps)
     document = ProfileDocument(
         schema_version=SCHEMA_VERSION,
-        model=PlanModel(id=ref.id, revision=ref.revision, weights_sha256=weights),
+        model=PlanModel(id=loaded.ref.id, revision=loaded.ref.revision, weights_sha256=run.weights),
         architecture=type(loaded.model).__name__,
         storage_dtype=str(loaded.storage_dtype).removeprefix("torch."),
         calibration=CalibrationRecord(
-            source=source,
+            source=run.given[1],
             sha256=tokens_sha256(tokens_NT),
-            windows=len(fitting_NT),
-            probe_windows=probe_windows,
+            windows=len(run.fitting_tokens),
+            probe_windows=run.probe_windows,
             window_tokens=tokens_NT.shape[1],
-            seed=settings.seed,
+            seed=run.settings.seed,
         ),
-        grid=grid,
-        rounds=settings.rounds,
+        grid=run.grid,
+        rounds=run.settings.rounds,
         versions={
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -277,10 +386,11 @@ def build_profile(ref: ModelRef, output: Path, settings: ProfileSettings, progre
         probes=tuple(probes),
         gain=calibrate(probes),
     )
+    output = run.output
     write_atomically(output / "calibration.safetensors", save({"tokens": tokens_NT.int()}))
     write_atomically(output / "measurements.parquet", table)
     write_atomically(output / "profile.json", (document.model_dump_json(indent=1) + "\n").encode())
-    shutil.rmtree(work)
+    shutil.rmtree(run.work)
     return load_profile(output)
 
 
@@ -398,38 +508,6 @@ def gradient_statistics(
         found = gradient_moments(loaded, tokens_NT, seed, inputs, progress)
         write_atomically(file, save({name: moment.cpu() for name, moment in found.items()}))
     return {name: moment.to(loaded.device) for name, moment in load_file(file).items()}
-
-
-def sweep_blocks(
-    loaded: LoadedModel,
-    tokens_NT: Tensor,
-    grid: GridSettings,
-    rounds: int,
-    inputs: list[BlockInputs],
-    moments: dict[str, Tensor],
-    work: Path,
-    progress: Progress,
-) -> list[LayerSweep]:
-    """Every layer's sweep, in model order; layers with a file in `work` are read, not measured again."""
-
-    def file(layer: Layer) -> Path:
-        return work / "layers" / f"{layer.name}.json"
-
-    calls = block_calls(loaded, tokens_NT)
-    keep = keeper(work / "probes")
-    done = sum(file(layer).exists() for layer in loaded.layers)
-    progress("sweep", done, len(loaded.layers))
-    for index in range(len(loaded.block_names)):
-        if all(file(layer).exists() for layer in loaded.layers_of(index)):
-            continue
-        for moment in input_moments(loaded, index, calls, inputs[index]):
-            if all(file(layer).exists() for layer in moment.layers):
-                continue
-            for sweep in sweep_moment(loaded, moment, moments, grid, keep, rounds):
-                write_atomically(file(sweep.layer), json.dumps(asdict(sweep)).encode())
-                done = sum(file(layer).exists() for layer in loaded.layers)
-                progress("sweep", done, len(loaded.layers))
-    return [read_sweep(file(layer), layer) for layer in loaded.layers]
 
 
 def read_sweep(file: Path, layer: Layer) -> LayerSweep:

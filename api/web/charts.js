@@ -1,10 +1,11 @@
 // The charts of bitrank: each function takes data and options and returns a <figure>.
 //
 // Needs `d3` and `Plot` (vendor/) loaded before it; works from file:// and from a server. The data have the shapes of
-// api/report.py and reach the page as text nodes only. Colours are custom properties that the page defines:
-//   --ink --muted --rule --paper --plan --uniform, --rank-0 … --rank-5, and for N in 0, 2, 3, 4, 5, 6, 8, 16
-//   --bits-N (a cell) with --on-bits-N (the text upon it).
-// Every chart takes the options caption (string) and width (pixels, until the figure is laid out).
+// api/report.py and reach the page as text nodes only. Colours are the custom properties of charts.css.
+// Every chart takes the options caption (string) and width (pixels, until the figure is laid out). Its <figure> has
+//   mark({x, y}) to point at a place in data coordinates without drawing again (null takes the mark away),
+//   locate(event) to tell the data coordinates {x, y} under a pointer,
+//   update(data) to show other data of the same kind.
 window.bitrank = (() => {
   "use strict";
 
@@ -72,29 +73,41 @@ window.bitrank = (() => {
   }
 
   /**
-   * The figure around every chart. `view(index)` says what to show for one choice of the picker: {label, draw, legend,
-   * notes, table}, where draw(width) returns an <svg>. It is drawn again whenever the choice or the width changes.
+   * The figure around every chart. `view(data, index)` says what to show for one choice of the picker: {label, draw,
+   * legend, notes, table}, where draw(width) returns an <svg>. It is drawn again whenever the data, the choice or the
+   * width changes; a table that is out of sight is left until it is opened.
    */
-  function figure(view, { caption = "", width = 960, picker = null }) {
+  function figure(view, data, { caption = "", width = 960, picker = null }) {
     const [key, plot, note] = [element("div"), element("div", { class: "plot" }), element("p", { class: "note" })];
     const values = element("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Numbers" });
-    let shown = null;
+    const numbers = element("details", {}, element("summary", {}, "Show the numbers"), values);
+    let [shown, svg, marked] = [null, null, null];
+    let chosen = picker?.chosen ?? 0;
     let drawnWidth = width;
 
     function redraw() {
-      const svg = shown.draw(drawnWidth);
+      svg = shown.draw(drawnWidth);
       svg.setAttribute("role", "img");
       svg.setAttribute("aria-label", shown.label);
       plot.replaceChildren(svg);
+      mark(marked);
     }
-    function show(index) {
-      shown = view(index);
+    function show() {
+      shown = view(data, chosen);
       key.replaceChildren(legend(shown.legend));
       note.replaceChildren(...shown.notes.map((line) => element("span", {}, line)));
-      values.replaceChildren(shown.table);
+      if (numbers.open || values.childElementCount === 0) fill();
       redraw();
     }
-    show(picker?.chosen ?? 0);
+    function mark(point) {
+      marked = point;
+      drawMark(svg, point);
+    }
+    const fill = () => values.replaceChildren(shown.table());
+    const update = (next) => ((data = next), show());
+    const locate = (event) => ({ x: invert(svg, "x", event), y: invert(svg, "y", event) });
+    numbers.addEventListener("toggle", () => numbers.open && fill());
+    show();
     new ResizeObserver(([entry]) => {
       const measured = Math.floor(entry.contentRect.width);
       if (measured < 1 || measured === drawnWidth) return;
@@ -102,11 +115,34 @@ window.bitrank = (() => {
       requestAnimationFrame(redraw);
     }).observe(plot);
 
-    const choose = (index) => (show(index), picker.onSelect?.(index));
+    const choose = (index) => ((chosen = index), show(), picker.onSelect?.(index));
     const controls = picker?.items.length > 1 ? [picker.build(picker.label, picker.items, picker.chosen, choose)] : [];
-    const numbers = element("details", {}, element("summary", {}, "Show the numbers"), values);
     const heading = element("figcaption", {}, caption);
-    return element("figure", { class: "chart" }, heading, ...controls, key, plot, note, numbers);
+    const node = element("figure", { class: "chart" }, heading, ...controls, key, plot, note, numbers);
+    return Object.assign(node, { mark, locate, update });
+  }
+
+  /** A ring with a line down to the axis, or a frame around a cell, at data coordinates; outside the axes, nothing. */
+  function drawMark(svg, point) {
+    const [x, y] = [svg.scale("x"), svg.scale("y")];
+    const [left, top] = [point ? x.apply(point.x) : NaN, point ? y.apply(point.y) : NaN];
+    const inside = (scale, value) => value >= d3.min(scale.range) && value <= d3.max(scale.range);
+    const places = inside(x, left) && inside(y, top) ? [point] : [];
+    const layer = d3.select(svg).selectAll("g.chosen").data(places).join("g").attr("class", "chosen");
+    if (x.bandwidth) {
+      const frame = layer.selectAll("rect").data(places).join("rect").attr("rx", 4);
+      return void frame.attr("x", left).attr("y", top).attr("width", x.bandwidth).attr("height", y.bandwidth);
+    }
+    const line = layer.selectAll("line").data(places).join("line");
+    line.attr("x1", left).attr("x2", left).attr("y1", top).attr("y2", d3.max(y.range));
+    layer.selectAll("circle").data(places).join("circle").attr("r", 6).attr("cx", left).attr("cy", top);
+  }
+
+  function invert(svg, axis, event) {
+    const [scale, box] = [svg.scale(axis), svg.getBoundingClientRect()];
+    const pixel = axis === "x" ? event.clientX - box.left : event.clientY - box.top;
+    if (scale.invert) return scale.invert(pixel);
+    return scale.domain[Math.floor((pixel - scale.apply(scale.domain[0])) / scale.step)];
   }
 
   function draw(options) {
@@ -169,16 +205,17 @@ window.bitrank = (() => {
         ...(bounded.length ? [["line", "var(--ink)", "interval"]] : []),
       ],
       notes: [],
-      table: table({ block: value("block") }, { KL: value("kl_nats"), low: value("kl_low"), high: value("kl_high") }, order),
+      table: () =>
+        table({ block: value("block") }, { KL: value("kl_nats"), low: value("kl_low"), high: value("kl_high") }, order),
     });
-    return figure(view, options);
+    return figure(view, blocks, options);
   }
 
   /** Error against bits, one line per rank; `curves` is report.curves, `selected` a layer's name. */
   function errorCurves(curves, { selected, onSelect, ...options } = {}) {
     const at = { x: "bits", y: "error" };
-    function view(index) {
-      const { layer, fit, ...points } = curves[index];
+    function view(data, index) {
+      const { layer, fit, ...points } = data[index];
       const groupSizes = points.measured.map((d) => d.group_size);
       const groupSize = groupSizes.includes(64) ? 64 : d3.mode(groupSizes);
       const visible = (d) => d.group_size === groupSize && d.error > 0;
@@ -222,20 +259,20 @@ window.bitrank = (() => {
           "Lines: E(b, r) = c · 2^(−βb) · (1 + r/r₀)^(−δ) · (1 − r/n)^η",
           `${values.join(", ")}, n = ${fit.n}; R² = ${fit.r_squared.toFixed(4)}`,
         ],
-        table: table({}, { ...grid, error: value("error") }, points.measured),
+        table: () => table({}, { ...grid, error: value("error") }, points.measured),
       };
     }
     const items = curves.map(({ block, layer }) => ({ text: layer, group: `block ${block}` }));
     const chosen = Math.max(0, curves.findIndex((curve) => curve.layer === selected));
-    return figure(view, { ...options, picker: { build: selectBox, label: "Layer", items, chosen, onSelect } });
+    return figure(view, curves, { ...options, picker: { build: selectBox, label: "Layer", items, chosen, onSelect } });
   }
 
-  /** KL against size: optimal plans as a line, uniform settings and measurements as dots; `data` is report.frontier. */
-  function frontier(data, options = {}) {
+  /** KL against size: plans as a line, uniform and measured as dots; `data` is report.frontier, `until` the largest size. */
+  function frontier(data, { until, ...options } = {}) {
     const size = (d) => d.bits_per_weight;
     // The axis ends one uniform setting beyond what was measured: further down the log axis would flatten the gap.
     const reach = d3.max(data.measured, size) ?? d3.max(data.uniform, size) ?? Infinity;
-    const limit = d3.min(data.uniform.filter((d) => size(d) > reach), size) ?? reach;
+    const limit = until ?? d3.min(data.uniform.filter((d) => size(d) > reach), size) ?? reach;
     const drawable = (points) => d3.sort(points.filter((d) => d.kl_nats > 0 && size(d) <= limit), size);
     const [optimal, uniform, measured] = [drawable(data.optimal), drawable(data.uniform), drawable(data.measured)];
     const [plans, baselines] = ["plan", "uniform"].map((kind) => measured.filter((d) => d.kind === kind));
@@ -279,20 +316,21 @@ window.bitrank = (() => {
         ["dot", "var(--uniform)", "uniform, measured"],
       ],
       notes: [],
-      table: table(
-        { setting: (d) => d.name, "KL is": (d) => d.source },
-        { "bits per weight": (d) => size(d).toFixed(3), size: (d) => mebibytes(d.total_bytes), KL: value("kl_nats") },
-        [...named(data.measured, "measured"), ...named(data.uniform, "predicted"), ...named(few, "predicted")],
-      ),
+      table: () =>
+        table(
+          { setting: (d) => d.name, "KL is": (d) => d.source },
+          { "bits per weight": (d) => size(d).toFixed(3), size: (d) => mebibytes(d.total_bytes), KL: value("kl_nats") },
+          [...named(data.measured, "measured"), ...named(data.uniform, "predicted"), ...named(few, "predicted")],
+        ),
     });
-    return figure(view, options);
+    return figure(view, data, options);
   }
 
   /** Projection by block, coloured by bits, with the rank where one is bought; `plans` is report.plans. */
   function planMap(plans, { selected = 0, onSelect, ...options } = {}) {
     const at = { x: "block", y: "projection" };
-    function view(index) {
-      const plan = plans[index];
+    function view(data, index) {
+      const plan = data[index];
       const blocks = d3.sort(new Set(plan.layers.map((d) => d.block)));
       const projections = [...new Set(plan.layers.map((d) => d.projection))];
       const [ranked, plain] = [plan.layers.filter((d) => d.rank > 0), plan.layers.filter((d) => d.rank === 0)];
@@ -337,12 +375,64 @@ window.bitrank = (() => {
           `Predicted KL ${nats(plan.predicted_kl)}; proven lower bound ${number(plan.lower_bound)}, gap ${gap} %. ` +
             `One more MiB would save ${nats(plan.shadow_price_nats_per_mib)}.`,
         ],
-        table: table({ layer: (d) => d.name }, { ...grid, bytes, error: value("error"), cost: value("cost") }, plan.layers),
+        table: () => table({ layer: (d) => d.name }, { ...grid, bytes, error: value("error"), cost: value("cost") }, plan.layers),
       };
     }
     const items = plans.map(({ label }) => ({ text: label, group: "plans" }));
-    return figure(view, { ...options, picker: { build: buttonRow, label: "Plan", items, chosen: selected, onSelect } });
+    return figure(view, plans, { ...options, picker: { build: buttonRow, label: "Plan", items, chosen: selected, onSelect } });
   }
 
-  return Object.freeze({ fidelityBars, errorCurves, frontier, planMap, table, element, number, mebibytes });
+  /**
+   * Measured against predicted KL, one dot per compressed model, on the diagonal where the two agree. `points` are
+   * {label, kind, source, predicted_kl, kl_nats}; `factors` are the ends of the prediction interval as multiples.
+   */
+  function predictedMeasured(points, { factors = null, ...options } = {}) {
+    const at = { x: "predicted_kl", y: "kl_nats" };
+    const order = d3.sort(points.filter((d) => d.predicted_kl > 0 && d.kl_nats > 0), (d) => d.predicted_kl);
+    const ends = d3.extent(order.flatMap((d) => [d.predicted_kl, d.kl_nats]));
+    const ratio = (d) => d.predicted_kl / d.kl_nats;
+    const title = (d) =>
+      `${d.label}\n${nats(d.kl_nats)} measured, ${d.source}\n${number(d.predicted_kl)} predicted, ` +
+      `${ratio(d).toFixed(2)} of the measured`;
+    const colour = (d) => (d.kind === "plan" ? "var(--plan)" : "var(--uniform)");
+    const drawDots = (width) => {
+      const axis = (label) => logAxis(ends, label);
+      const line = axis("").domain.map((x) => ({ x, low: x * (factors?.[0] ?? 1), high: x * (factors?.[1] ?? 1) }));
+      return draw({
+        width,
+        height: 330,
+        marginRight: 18,
+        x: axis("predicted KL, nats per token"),
+        y: axis("measured KL, nats per token"),
+        marks: [
+          Plot.areaY(line, { x: "x", y1: "low", y2: "high", fill: "var(--plan)", fillOpacity: 0.12, clip: true }),
+          Plot.line(line, { x: "x", y: "x", stroke: "var(--muted)", strokeDasharray: "3,3" }),
+          Plot.dot(order, { ...at, r: 5, fill: literal(colour), stroke: "var(--paper)" }),
+          Plot.text(order, { ...at, ...halo, text: "label", dx: -9, dy: -9, textAnchor: "end", fill: literal(colour) }),
+          tip(order, { ...at, title }),
+        ],
+      });
+    };
+    const view = () => ({
+      draw: drawDots,
+      label:
+        "Scatter plot of measured against predicted KL on log scales. " +
+        `${order.map((d) => `${d.label}: predicted ${number(d.predicted_kl)}, measured ${number(d.kl_nats)}`).join("; ")}.`,
+      legend: [
+        ["dot", "var(--plan)", "plan"],
+        ["dot", "var(--uniform)", "uniform"],
+        ["line", "var(--muted)", "measured as predicted"],
+      ],
+      notes: factors ? [`Shaded: 90 % prediction interval, ${factors.map((f) => `${f.toFixed(2)}×`).join(" to ")}.`] : [],
+      table: () =>
+        table(
+          { model: (d) => d.label, text: (d) => d.source },
+          { "predicted KL": value("predicted_kl"), "measured KL": value("kl_nats"), ratio: (d) => ratio(d).toFixed(3) },
+          order,
+        ),
+    });
+    return figure(view, points, options);
+  }
+
+  return Object.freeze({ fidelityBars, errorCurves, frontier, planMap, predictedMeasured, table, element, number, mebibytes });
 })();

@@ -60,7 +60,9 @@ def test_bits_per_weight_are_over_compressible_weights_and_leave_the_kept_tensor
     assert 0 <= bits * WEIGHTS / 8 - (total(f"{bits}bpw") - KEPT) < 1
 
 
-@pytest.mark.parametrize("text", ["", "  ", "700", "MiB", "-3MiB", "3..2GB", "1e3MB", "three bpw", "3 4 MB", "%25"])
+@pytest.mark.parametrize(
+    "text", ["", "  ", "700", "MiB", "-3MiB", "3..2GB", "1e3MB", "three bpw", "3 4 MB", "%25"]
+)
 def test_what_is_not_a_number_with_a_unit_is_refused_with_advice(text: str) -> None:
     with pytest.raises(BudgetSyntaxError, match="not a number with a unit; write it like 700MiB"):
         parse_budget(text)

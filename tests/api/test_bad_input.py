@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from command_line import CommandLine, Outcome
-from conftest import Road, write_model
+from road import Road, write_model
 
 ROOT = Path(__file__).parents[2]
 

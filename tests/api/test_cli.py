@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from command_line import CommandLine
-from conftest import Road
+from road import Road
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("demo", "profile", "plan", "frontier", "curves", "compress", "evaluate")
@@ -110,7 +110,7 @@ def test_the_optimum_loses_no_more_than_uniform_at_the_same_bytes(bitrank: Comma
     uniform = answer(bitrank, "plan", road.profile, "--strategy", "uniform:3")
     best = answer(bitrank, "plan", road.profile, "--budget", f"{uniform['total_bytes']}B")
     assert best["total_bytes"] <= uniform["total_bytes"]
-    assert best["predicted_kl"] <= uniform["predicted_kl"]
+    assert best["predicted_kl"] <= uniform["predicted_kl"] * (1 + 1e-12)
     assert uniform["gap"] >= uniform["predicted_kl"] - best["predicted_kl"] - 1e-12
 
 
@@ -135,7 +135,7 @@ def test_the_frontier_falls_with_size_and_lies_below_uniform(bitrank: CommandLin
     assert [point["strategy"] for point in found["uniform"]] == ["uniform:2", "uniform:3", "uniform:4"]
     for point in found["uniform"]:
         larger = [loss for size, loss in zip(sizes, losses, strict=True) if size >= point["total_bytes"]]
-        assert larger[0] <= point["kl_nats"]
+        assert larger[0] <= point["kl_nats"] * (1 + 1e-12)
 
 
 def test_curves_are_of_the_layers_asked_for(bitrank: CommandLine, road: Road) -> None:

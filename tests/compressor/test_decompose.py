@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def carry_out(w_OI: Tensor, hessian_II: Tensor, options: list[Option], rounds: i
 
 
 def falls(errors: list[float]) -> bool:
-    return all(later <= earlier * SLACK for earlier, later in zip(errors, errors[1:], strict=False))
+    return all(later <= earlier * SLACK for earlier, later in pairwise(errors))
 
 
 @pytest.mark.parametrize("rank", [0, 6])

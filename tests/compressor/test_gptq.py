@@ -63,6 +63,15 @@ def test_factor_is_upper_and_squares_to_the_inverse_of_the_damped_hessian(correl
     assert torch.allclose(factor_II.T @ factor_II @ damped_II, torch.eye(40).double(), atol=1e-4)
 
 
+def test_a_dead_column_counts_as_an_average_one(correlated: MakeTensor) -> None:
+    """Else its weights would be free, and the next text may excite it."""
+    hessian_II = correlated(40)
+    hessian_II[7], hessian_II[:, 7] = 0, 0
+    others_I = torch.arange(40) != 7
+    average = 1.01 * hessian_II.diagonal()[others_I].mean()
+    assert inverse_factor(hessian_II)[7, 7] ** -2 == pytest.approx(average.item(), rel=1e-3)
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e12])
 def test_damping_is_relative_so_the_scale_of_the_hessian_changes_nothing(
     normal: MakeTensor, correlated: MakeTensor, scale: float
@@ -104,7 +113,9 @@ def test_a_dead_column_costs_nothing_and_spreads_nothing(normal: MakeTensor, cor
     assert torch.isfinite(found.dequantize()).all()
     assert torch.equal(found.code_OI[:, :32], other.code_OI[:, :32])
     assert (found.dequantize()[:, 40] - w_OI[:, 40]).abs().max() < 1
-    assert output_error(w_OI, found, hessian_II) < output_error(w_OI, round_to_nearest(w_OI, 4, 32), hessian_II)
+    assert output_error(w_OI, found, hessian_II) < output_error(
+        w_OI, round_to_nearest(w_OI, 4, 32), hessian_II
+    )
 
 
 def test_a_hessian_of_zeros_means_nearest_rounding(normal: MakeTensor) -> None:

@@ -107,14 +107,14 @@ def test_directions_are_orthonormal_and_in_falling_order(normal: MakeTensor, cor
     assert (energy_r.diff() <= 0).all()
 
 
-def test_problems_of_a_batch_keep_their_own_rank_and_width(normal: MakeTensor, correlated: MakeTensor) -> None:
+def test_problems_of_a_batch_keep_their_own_rank_and_width(
+    normal: MakeTensor, correlated: MakeTensor
+) -> None:
     residual_POI, hessian_II = normal(3, 24, 64), correlated(64)
     root, factor = square_root(hessian_II), inverse_factor(hessian_II)
     batch = factorize(residual_POI, root, factor, [2, 5, 3], [4, 16, 8])
     assert [dense(f.left_rO).shape for f in batch] == [(2, 24), (5, 24), (3, 24)]
     for residual_OI, together, rank, bits in zip(residual_POI, batch, [2, 5, 3], [4, 16, 8], strict=True):
         single = factors_of(residual_OI, hessian_II, rank, bits)
-        energies = [
-            output_energy(residual_OI - f.product(), hessian_II) for f in (together, single)
-        ]
+        energies = [output_energy(residual_OI - f.product(), hessian_II) for f in (together, single)]
         assert energies[0] == pytest.approx(energies[1], rel=0.01)

@@ -24,7 +24,9 @@ from profiler.profile import Profile, ProfileSettings, build_profile
 
 torch.set_num_threads(1)
 
-TINY = ProfileSettings(tokens=640, bits=(2, 3, 4), ranks=(0, 4), group_sizes=(32,), factor_bits=(8,), rounds=1)
+TINY = ProfileSettings(
+    tokens=640, bits=(2, 3, 4), ranks=(0, 4), group_sizes=(64,), factor_bits=(8,), rounds=1
+)
 HIDDEN, CONTEXT, VOCABULARY = 64, 64, 128
 CONFIGS: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(

@@ -165,6 +165,12 @@ def test_nothing_is_missing_or_unexpected_when_the_checkpoint_loads(mixed: Journ
     assert {key: value for key, value in report.items() if value} == {}
 
 
+def test_a_loaded_checkpoint_can_be_saved_and_loaded_again(mixed: Journey, tmp_path: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(mixed.checkpoint)
+    loaded.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(loaded))
+
+
 def test_evaluation_measures_a_divergence_near_the_predicted_one(optimal: Journey) -> None:
     found = evaluate_model(str(optimal.checkpoint), str(optimal.source), None, 512, silent)
     assert found.tensor_bytes == optimal.plan.total_bytes

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from profiler.calibration import (
@@ -53,40 +52,58 @@ def hooked(loaded: LoadedModel, hook: Callable[[str], Callable[..., None]]) -> l
     ]
 
 
-def direct_moments(loaded: LoadedModel, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """mean x xᵀ of every layer, and diag G per token, from whole forward and backward passes of the model."""
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The labels of the gradients, as they are drawn."""
+    labels: list[Tensor] = []
+    multinomial = torch.multinomial
+
+    def listen(*arguments: Any, **keywords: Any) -> Tensor:
+        label = multinomial(*arguments, **keywords)
+        labels.append(label.flatten())
+        return label
+
+    monkeypatch.setattr(torch, "multinomial", listen)
+    return labels
+
+
+def direct_moments(loaded: LoadedModel, label_NT: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """mean x xᵀ of every layer, and diag G per token, from one forward and backward pass of the whole model."""
     inputs: dict[str, list[Tensor]] = defaultdict(list)
     squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             inputs[name].append(arguments[0].detach().flatten(0, -2).double())
-            output.register_hook(lambda g: squares.update({name: squares[name] + g.flatten(0, -2).square().sum(0)}))
+            output.register_hook(
+                lambda g: squares.update({name: squares[name] + g.flatten(0, -2).square().sum(0)})
+            )
 
         return hook
 
     handles = hooked(loaded, watch)
     embeddings = loaded.model.get_input_embeddings()
     handles.append(embeddings.register_forward_hook(lambda m, a, output: output.requires_grad_()))
-    generator = torch.Generator().manual_seed(seed)
-    for batch_NT in TOKENS_NT.split(4):
-        logits_nV = loaded.model(batch_NT, use_cache=False).logits.flatten(0, 1)
-        drawn_n = torch.multinomial(logits_nV.detach().softmax(-1), 1, generator=generator).squeeze(1)
-        F.cross_entropy(logits_nV, drawn_n, reduction="sum").backward()
+    log_p = loaded.model(TOKENS_NT, use_cache=False).logits.log_softmax(-1)
+    (-log_p.gather(-1, label_NT[..., None]).sum()).backward()
     for handle in handles:
         handle.remove()
     hessians = {name: torch.cat(x).T @ torch.cat(x) / len(torch.cat(x)) for name, x in inputs.items()}
     return hessians, {name: total / TOKENS_NT.numel() for name, total in squares.items()}
 
 
-def test_block_by_block_statistics_are_those_of_the_whole_model(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_block_by_block_statistics_are_those_of_the_whole_model(
+    loaded: LoadedModel, drawn: list[Tensor], tmp_path: Path
+) -> None:
     """The Hessians, the gradient moments and their layers, for a model of every architecture."""
-    hessians, moments = direct_moments(loaded, seed=7)
     inputs = block_inputs(loaded, tmp_path)
     found = gradient_moments(loaded, TOKENS_NT, 7, inputs)
+    hessians, moments = direct_moments(loaded, torch.cat(drawn).view(TOKENS_NT.shape))
     for layer in loaded.layers:
         expected = moments.get(layer.name, torch.zeros(layer.rows))
-        assert torch.allclose(found[layer.name], expected, rtol=1e-3, atol=1e-6 * float(expected.max())), layer
+        assert torch.allclose(found[layer.name], expected, rtol=1e-3, atol=1e-6 * float(expected.max())), (
+            layer
+        )
     calls = block_calls(loaded, TOKENS_NT)
     for index in range(len(loaded.block_names)):
         seen = []
@@ -94,8 +111,22 @@ def test_block_by_block_statistics_are_those_of_the_whole_model(loaded: LoadedMo
             for layer in moment.layers:
                 seen.append(layer)
                 expected = hessians[layer.name].float()
-                assert torch.allclose(moment.hessian_II, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
+                assert torch.allclose(
+                    moment.hessian_II, expected, rtol=1e-3, atol=1e-5 * float(expected.max())
+                )
         assert sorted(layer.name for layer in seen) == sorted(layer.name for layer in loaded.layers_of(index))
+
+
+def test_labels_are_drawn_from_the_model_s_own_distribution(
+    tiny_llama: LoadedModel, drawn: list[Tensor], tmp_path: Path
+) -> None:
+    """Their mean surprise is the model's mean entropy, within four standard errors."""
+    gradient_moments(tiny_llama, TOKENS_NT, 7, block_inputs(tiny_llama, tmp_path))
+    with torch.no_grad():
+        log_p = tiny_llama.model(TOKENS_NT).logits.log_softmax(-1)
+    surprise_NT = -log_p.gather(-1, torch.cat(drawn).view(*TOKENS_NT.shape, 1)).squeeze(-1)
+    excess_NT = surprise_NT + (log_p.exp() * log_p).sum(-1)
+    assert abs(excess_NT.mean()) < 4 * excess_NT.std() / excess_NT.numel() ** 0.5
 
 
 def test_the_worker_s_stream_has_the_hessians_and_weights_of_the_profile(
@@ -201,9 +232,16 @@ def test_a_text_gives_no_more_windows_than_it_has(demo: LoadedModel) -> None:
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [(b"", "is empty"), (b"  \n ", "is empty"), (b"too short", "tokens; give at least 512"), (b"\xff\xfe\xff", "UTF-8")],
+    [
+        (b"", "is empty"),
+        (b"  \n ", "is empty"),
+        (b"too short", "tokens; give at least 512"),
+        (b"\xff\xfe\xff", "UTF-8"),
+    ],
 )
-def test_unusable_texts_are_refused(demo: LoadedModel, tmp_path: Path, content: bytes, complaint: str) -> None:
+def test_unusable_texts_are_refused(
+    demo: LoadedModel, tmp_path: Path, content: bytes, complaint: str
+) -> None:
     (tmp_path / "text").write_bytes(content)
     with pytest.raises(CalibrationError, match=complaint):
         text_tokens(demo, tmp_path / "text", 1000)

@@ -67,7 +67,9 @@ def test_one_wild_measurement_does_not_move_the_fit() -> None:
 
 @given(noise=st.floats(0, 1.5), seed=st.integers(0, 50))
 @settings(max_examples=25, deadline=None)
-def test_the_fit_never_rises_with_bits_or_rank_however_noisy_the_measurements(noise: float, seed: int) -> None:
+def test_the_fit_never_rises_with_bits_or_rank_however_noisy_the_measurements(
+    noise: float, seed: int
+) -> None:
     fit = fit_error_model(measure(true_model(1.0, 1.0, 20.0, 0.1, 0.1), noise, seed), N)
     for bits in (2, 3, 4, 6, 8):
         along_rank = [fit.error(bits, rank, 64) for rank in (0, 1, 2, 8, 32, 128, 200, N)]

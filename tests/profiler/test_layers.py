@@ -97,7 +97,9 @@ def test_a_parameter_of_three_dimensions_is_refused_by_name() -> None:
 
     model = nn.Module()
     model.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), Stack())])
-    with pytest.raises(ModelError, match=r"blocks\.0\.1\.matrices is a stack of matrices of shape \(2, 3, 4\)"):
+    with pytest.raises(
+        ModelError, match=r"blocks\.0\.1\.matrices is a stack of matrices of shape \(2, 3, 4\)"
+    ):
         find_layers(model, find_blocks(model))
 
 

@@ -68,9 +68,14 @@ def test_a_kept_probe_is_read_back_as_it_was(tiny_llama: LoadedModel, tmp_path: 
 
 def test_exact_weights_measure_no_divergence(tiny_llama: LoadedModel, tmp_path: Path) -> None:
     """A probe at 8 bits of weights that lie on its grid is the model itself."""
-    option, tokens_NT = Option(3, 0, 64, 0), torch.randint(128, (4, 32), generator=torch.Generator().manual_seed(1))
+    option, tokens_NT = (
+        Option(3, 0, 64, 0),
+        torch.randint(128, (4, 32), generator=torch.Generator().manual_seed(1)),
+    )
     for layer in tiny_llama.layers:
-        ((_, found),) = decompose([tiny_llama.weight(layer)], Curvature.of(torch.eye(layer.columns)), [option])
+        ((_, found),) = decompose(
+            [tiny_llama.weight(layer)], Curvature.of(torch.eye(layer.columns)), [option]
+        )
         keeper(tmp_path)(layer, found)
         tiny_llama.model.get_submodule(layer.name).weight.data.copy_(found.dense())
     (measured,) = measure_probes(tiny_llama, tokens_NT, {option: 0.1}, tmp_path, lambda *_: None)

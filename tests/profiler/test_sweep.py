@@ -1,0 +1,96 @@
+"""The sweep: which options are measured, and that the numbers are those of the definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from allocator.storage import Option
+from compressor.decompose import Curvature, Decomposition, decompose
+from profiler.calibration import InputMoment
+from profiler.layers import Layer, LoadedModel
+from profiler.profile import Profile
+from profiler.sweep import GridSettings, default_ranks, sweep_moment
+
+GRID = GridSettings((2, 4), (0, 4), (32, 64), (64,), (4, 8))
+
+
+def layer(rows: int, columns: int) -> Layer:
+    return Layer("a.b", 0, "b", rows, columns, False)
+
+
+def test_every_width_is_measured_at_every_group_size_and_every_rank_at_one() -> None:
+    options = GRID.options(layer(64, 96))
+    assert options == [
+        *(Option(bits, 0, size, 0) for bits in (2, 4) for size in (32, 64)),
+        *(Option(bits, 4, 64, factor_bits) for bits in (2, 4) for factor_bits in (4, 8)),
+    ]
+
+
+def test_ranks_above_half_the_smaller_side_are_left_out() -> None:
+    assert [o.rank for o in GRID.options(layer(7, 96)) if o.rank] == []
+    assert {o.rank for o in GRID.options(layer(8, 96))} == {0, 4}
+
+
+@pytest.mark.parametrize(("side", "largest"), [(64, 8), (192, 32), (384, 64), (1536, 256), (8192, 256)])
+def test_default_ranks_grow_with_the_model(side: int, largest: int) -> None:
+    ranks = default_ranks((layer(side, side), layer(side, 4 * side), layer(side, side)))
+    assert ranks == (0, largest // 4, largest // 2, largest)
+
+
+def test_error_sensitivity_and_signal_are_those_of_the_definition(tiny_llama: LoadedModel) -> None:
+    """With H = mean x xᵀ: error E‖ΔWx‖²/E‖Wx‖², signal E‖Wx‖², sensitivity ½·mean(diag G)·signal."""
+    members = tuple(m for m in tiny_llama.layers_of(0) if m.projection in ("q_proj", "k_proj", "v_proj"))
+    x_nI = torch.randn(80, 64, generator=torch.Generator().manual_seed(1))
+    moment = InputMoment(members, x_nI.T @ x_nI / 80, 80)
+    gradients = {m.name: torch.rand(m.rows, generator=torch.Generator().manual_seed(2)) for m in members}
+    kept: dict[tuple[str, Option], Decomposition] = {}
+    sweeps = list(
+        sweep_moment(
+            tiny_llama,
+            moment,
+            gradients,
+            GRID,
+            lambda member, found: kept.update({(member.name, found.option): found}),
+            rounds=1,
+        )
+    )
+    assert sorted(sweep.layer.name for sweep in sweeps) == sorted(member.name for member in members)
+    for sweep in sweeps:
+        weight_OI = tiny_llama.weight(sweep.layer)
+        signal = (x_nI @ weight_OI.T).square().sum(1).mean().item()
+        assert sweep.tokens == 80
+        assert sweep.signal == pytest.approx(signal, rel=1e-4)
+        assert sweep.sensitivity == pytest.approx(
+            gradients[sweep.layer.name].mean().item() * signal / 2, rel=1e-4
+        )
+        assert sorted(m.option for m in sweep.measurements) == sorted(GRID.options(sweep.layer))
+        for measurement in sweep.measurements:
+            delta_OI = weight_OI - kept[sweep.layer.name, measurement.option].dense()
+            error = (x_nI @ delta_OI.T).square().sum(1).mean().item() / signal
+            assert measurement.error == pytest.approx(error, rel=1e-3)
+
+
+def test_what_is_measured_together_is_what_the_worker_makes_alone(tiny_llama: LoadedModel) -> None:
+    """The sweep batches layers and options; the worker does one at a time. Their errors agree."""
+    (member,) = (m for m in tiny_llama.layers_of(0) if m.projection == "o_proj")
+    x_nI = torch.randn(80, 64, generator=torch.Generator().manual_seed(1))
+    moment = InputMoment((member,), x_nI.T @ x_nI / 80, 80)
+    gradients = {member.name: torch.ones(member.rows)}
+    (sweep,) = sweep_moment(tiny_llama, moment, gradients, GRID, lambda *_: None, rounds=4)
+    weight_OI = tiny_llama.weight(member)
+    for measurement in sweep.measurements:
+        ((_, alone),) = decompose([weight_OI], Curvature.of(moment.hessian_II), [measurement.option])
+        error = (x_nI @ (weight_OI - alone.dense()).T).square().sum(1).mean().item() / sweep.signal
+        assert measurement.error == pytest.approx(error, rel=0.03)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_measured_errors_fall_with_bits(tiny_profile: Callable[[str], Profile], architecture: str) -> None:
+    for measurements in tiny_profile(architecture).measurements.values():
+        errors = {m.option: m.error for m in measurements}
+        for option, error in errors.items():
+            finer = Option(option.bits + 1, option.rank, option.group_size, option.factor_bits)
+            assert errors.get(finer, 0.0) < error
