@@ -242,13 +242,14 @@ def compress(
     profile_path: Annotated[
         Path | None, typer.Option("--profile", help="The plan's profile, if not found.")
     ] = None,
+    model: Annotated[str | None, typer.Option(help="Where the original is, if it has moved.")] = None,
     device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
     """Carry a plan out into a checkpoint that transformers loads."""
     from api.usecases import compress_plan
 
-    made = compress_plan(plan_path, output, progress(), profile_path, device)
+    made = compress_plan(plan_path, output, progress(), profile_path, device, model)
     if json_output:
         return _print_json({"checkpoint": str(output), "tensor_bytes": made.total_bytes})
     print(f"{output}: {made.total_bytes:,} tensor bytes")

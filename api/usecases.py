@@ -210,26 +210,41 @@ def curve_points(profile: Profile, pattern: str = "*") -> list[CurvePoint]:
 
 
 def compress_plan(
-    plan_path: Path, output: Path, progress: Progress, profile_path: Path | None = None, device: str = "cpu"
+    plan_path: Path,
+    output: Path,
+    progress: Progress,
+    profile_path: Path | None = None,
+    device: str = "cpu",
+    model: str | None = None,
 ) -> Plan:
-    """Carry out plan.json into a checkpoint directory; resumes an interrupted run of the same plan."""
+    """Carry out plan.json into a checkpoint directory; resumes an interrupted run of the same plan.
+
+    `model` says where the original is now, if not where it was when it was profiled.
+    """
     from allocator.plan import load_plan
     from compressor.worker import check_output
 
     plan = load_plan(plan_path)
     check_output(output)
-    execute(plan, find_profile(plan, plan_path, profile_path), output, progress, device)
+    execute(plan, find_profile(plan, plan_path, profile_path), output, progress, device, model)
     return plan
 
 
-def execute(plan: Plan, profile: Profile, output: Path, progress: Progress, device: str = "cpu") -> None:
+def execute(
+    plan: Plan,
+    profile: Profile,
+    output: Path,
+    progress: Progress,
+    device: str = "cpu",
+    model: str | None = None,
+) -> None:
     """Carry out a plan made from `profile`. Raises `PlanError` when the model's weights are not the plan's."""
     from compressor.worker import compress
     from profiler.checkpoint import find_model, weights_sha256
     from profiler.layers import load_model
     from profiler.stream import block_works
 
-    ref = find_model(plan.model.id)
+    ref = find_model(model or plan.model.id)
     if weights_sha256(ref) != plan.model.weights_sha256:
         raise PlanError(
             f"the weights of {ref.id} are not those the plan was made for; profile this model and plan again"

@@ -1,6 +1,7 @@
 """The command line's contract: one JSON document on stdout, everything else on stderr, and help at once."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -204,3 +205,14 @@ def test_a_model_does_not_differ_from_itself(bitrank: CommandLine, road: Road) -
     assert found["top1_agreement"] == 1
     assert found["perplexity"] == found["reference_perplexity"]
     assert found["kl_standard_error"] is None
+
+
+def test_compress_is_told_where_a_model_that_moved_is(bitrank: CommandLine, road: Road, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(road.model, moved)
+    plan = json.loads(road.plan.read_text())
+    plan["model"]["id"] = str(tmp_path / "gone")
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    here = ("compress", tmp_path / "plan.json", "--profile", road.profile, "-o", tmp_path / "small")
+    assert bitrank(*here).code == 1
+    assert bitrank(*here, "--model", moved).code == 0
