@@ -16,6 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
+from api import job_cli, service_cli
+
 app = typer.Typer(
     name="bitrank",
     help="Decide how many bits and how much rank every weight matrix of a language model deserves.",
@@ -280,6 +282,10 @@ def evaluate(
     print(f"{found.tokens_per_second:.1f} tokens/s, {found.tensor_bytes:,} tensor bytes")
     for sample in found.samples:
         print(f"\n{sample.prompt}\n  original:   {sample.reference!r}\n  compressed: {sample.compressed!r}")
+
+
+service_cli.register(app)
+job_cli.register(app)
 
 
 class ProgressLine:

@@ -67,8 +67,12 @@ def main() -> None:
     print(f"{arguments.model}: {wall:.1f} s wall on {torch.get_num_threads()} threads, {len(layers)} layers")
     for name, seconds in rows:
         print(f"  {name:32} {seconds:7.1f} s {seconds / wall:6.1%}")
-    print(f"peak {peak / MIB:.0f} MiB resident, of which {baseline / MIB:.0f} MiB before the model was loaded")
-    print(f"model in float32 {model_bytes / MIB:.0f} MiB, largest block's Hessians {statistics / MIB:.1f} MiB")
+    print(
+        f"peak {peak / MIB:.0f} MiB resident, of which {baseline / MIB:.0f} MiB before the model was loaded"
+    )
+    print(
+        f"model in float32 {model_bytes / MIB:.0f} MiB, largest block's Hessians {statistics / MIB:.1f} MiB"
+    )
 
 
 if __name__ == "__main__":

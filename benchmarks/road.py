@@ -33,10 +33,14 @@ MODELS = {"llama-22m": 0.87, "demo": 0.93}
 """The ratio each model's plans must reach."""
 
 
-def measured_kl(profile: Profile, plans: dict[str, Plan], folder: Path, tokens: int) -> dict[str, tuple[float, float]]:
+def measured_kl(
+    profile: Profile, plans: dict[str, Plan], folder: Path, tokens: int
+) -> dict[str, tuple[float, float]]:
     """KL and its standard error of every plan, compressed and loaded again, on the same held-out windows."""
     original = load_model(find_model(profile.document.model.id))
-    tokens_NT = torch.cat([text_tokens(original, SHARED / "data" / text, tokens // len(TEXTS)) for text in TEXTS])
+    tokens_NT = torch.cat(
+        [text_tokens(original, SHARED / "data" / text, tokens // len(TEXTS)) for text in TEXTS]
+    )
     reference = stored_logits(original.model, tokens_NT, folder / "reference.f32")
     found = {}
     for name, plan in plans.items():
@@ -53,7 +57,9 @@ def table(model: str, bound: float, work: Path, tokens: int) -> str:
     settings = ProfileSettings(calibration=SHARED / "data" / "calibration.txt")
     profile = usecases.profile_model(path, work / model / "profile", settings, progress())
     plans = {budget: usecases.plan_budget(profile, budget) for budget in BUDGETS}
-    uniform = {f"uniform:{bits}": usecases.plan_budget(profile, None, f"uniform:{bits}") for bits in UNIFORM_BITS}
+    uniform = {
+        f"uniform:{bits}": usecases.plan_budget(profile, None, f"uniform:{bits}") for bits in UNIFORM_BITS
+    }
     found = measured_kl(profile, plans | uniform, work / model, tokens)
     points = [(plan.total_bytes, found[name][0]) for name, plan in uniform.items()]
     lines = [
@@ -74,7 +80,11 @@ def table(model: str, bound: float, work: Path, tokens: int) -> str:
             f" {plan.predicted_kl:.4f} | {plan.predicted_kl / kl:.3f} | {ranks} |"
         )
     worst = max(found[b][0] / interpolated_uniform_cost(points, plans[b].total_bytes) for b in BUDGETS)
-    lines += ["", f"Worst ratio of the five plans: {worst:.3f}, {'met' if worst <= bound else 'NOT met'}.", ""]
+    lines += [
+        "",
+        f"Worst ratio of the five plans: {worst:.3f}, {'met' if worst <= bound else 'NOT met'}.",
+        "",
+    ]
     return "\n".join(lines)
 
 

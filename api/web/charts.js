@@ -26,6 +26,12 @@ window.bitrank = (() => {
     return d3.format(size > 0 && size < 1e-4 ? ".2e" : ".3r")(value);
   }
 
+  /** A share as per cent; a share that is rounding noise is said to be below what anyone can use. */
+  function percent(share) {
+    if (share > 0 && share < 1e-6) return "< 0.0001 %";
+    return `${d3.format(".3~r")(100 * share)} %`;
+  }
+
   function element(name, attributes = {}, ...children) {
     const node = document.createElement(name);
     for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
@@ -336,7 +342,6 @@ window.bitrank = (() => {
       const [ranked, plain] = [plan.layers.filter((d) => d.rank > 0), plan.layers.filter((d) => d.rank === 0)];
       const counts = d3.sort(d3.rollups(plan.layers, (layers) => layers.length, (d) => d.bits), ([bits]) => bits);
       const marginLeft = 16 + 7 * d3.max(projections, (name) => name.length);
-      const gap = d3.format(".2~r")(100 * plan.gap);
       const band = { type: "band", padding: 0, tickSize: 0 };
       const inCell = { ...at, fill: literal((d) => bitsInk(d.bits)), fontWeight: 600, fontSize: 13 };
       const cellText = [
@@ -372,7 +377,7 @@ window.bitrank = (() => {
         legend: counts.map(([bits]) => ["square", bitsColour(bits), bits === 0 ? "rank only" : `${bits} bits`]),
         notes: [
           `Budget ${plan.budget_text}: ${mebibytes(plan.total_bytes)}, ${number(plan.bits_per_weight)} bits per weight.`,
-          `Predicted KL ${nats(plan.predicted_kl)}; proven lower bound ${number(plan.lower_bound)}, gap ${gap} %. ` +
+          `Predicted KL ${nats(plan.predicted_kl)}; proven lower bound ${number(plan.lower_bound)}, gap ${percent(plan.gap)}. ` +
             `One more MiB would save ${nats(plan.shadow_price_nats_per_mib)}.`,
         ],
         table: () => table({ layer: (d) => d.name }, { ...grid, bytes, error: value("error"), cost: value("cost") }, plan.layers),
@@ -395,6 +400,12 @@ window.bitrank = (() => {
       `${d.label}\n${nats(d.kl_nats)} measured, ${d.source}\n${number(d.predicted_kl)} predicted, ` +
       `${ratio(d).toFixed(2)} of the measured`;
     const colour = (d) => (d.kind === "plan" ? "var(--plan)" : "var(--uniform)");
+    const isLow = (d) => Math.sqrt(ends[0] * ends[1]) > d.predicted_kl;
+    const names = (textAnchor) => {
+      const points = order.filter((d) => isLow(d) === (textAnchor === "start"));
+      const [dx, dy] = textAnchor === "start" ? [9, 9] : [-9, -9];
+      return Plot.text(points, { ...at, ...halo, text: "label", dx, dy, textAnchor, fill: literal(colour) });
+    };
     const drawDots = (width) => {
       const axis = (label) => logAxis(ends, label);
       const line = axis("").domain.map((x) => ({ x, low: x * (factors?.[0] ?? 1), high: x * (factors?.[1] ?? 1) }));
@@ -408,7 +419,8 @@ window.bitrank = (() => {
           Plot.areaY(line, { x: "x", y1: "low", y2: "high", fill: "var(--plan)", fillOpacity: 0.12, clip: true }),
           Plot.line(line, { x: "x", y: "x", stroke: "var(--muted)", strokeDasharray: "3,3" }),
           Plot.dot(order, { ...at, r: 5, fill: literal(colour), stroke: "var(--paper)" }),
-          Plot.text(order, { ...at, ...halo, text: "label", dx: -9, dy: -9, textAnchor: "end", fill: literal(colour) }),
+          names("start"),
+          names("end"),
           tip(order, { ...at, title }),
         ],
       });
@@ -434,5 +446,5 @@ window.bitrank = (() => {
     return figure(view, points, options);
   }
 
-  return Object.freeze({ fidelityBars, errorCurves, frontier, planMap, predictedMeasured, table, element, number, mebibytes });
+  return Object.freeze({ fidelityBars, errorCurves, frontier, planMap, predictedMeasured, selectBox, table, element, number, percent, mebibytes });
 })();

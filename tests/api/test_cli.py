@@ -207,7 +207,9 @@ def test_a_model_does_not_differ_from_itself(bitrank: CommandLine, road: Road) -
     assert found["kl_standard_error"] is None
 
 
-def test_compress_is_told_where_a_model_that_moved_is(bitrank: CommandLine, road: Road, tmp_path: Path) -> None:
+def test_compress_is_told_where_a_model_that_moved_is(
+    bitrank: CommandLine, road: Road, tmp_path: Path
+) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(road.model, moved)
     plan = json.loads(road.plan.read_text())

@@ -1,0 +1,135 @@
+"""Error curves and blocks of a profile as answers: JSON models, and the same rows as CSV and Parquet."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from io import BytesIO, StringIO
+from typing import TYPE_CHECKING, Any
+
+from api.problems import ProblemError
+from api.report import CurveFit, MeasuredError
+from api.schemas import BlockLoss, FidelityAnswer, Interval, LayerCurve, PredictedError
+
+if TYPE_CHECKING:
+    from profiler.profile import Profile
+
+GROUP_SIZE = 64
+COLUMNS = (
+    "layer",
+    "kind",
+    "bits",
+    "rank",
+    "group_size",
+    "factor_bits",
+    "error",
+    "error_low",
+    "error_high",
+    "kl_nats",
+)
+BLOCK_BITS = 3
+
+
+def layer_curves(
+    profile: Profile, pattern: str, bits: Sequence[float], ranks: Sequence[int], most_points: int
+) -> list[LayerCurve]:
+    """The curves of the layers that match a glob; predictions at every pair of `bits` and `ranks`.
+
+    Without `bits` those of the grid, without `ranks` those of the grid. Raises `ProblemError` (unknown-layer).
+    """
+    names = [name for name in profile.document.layers if fnmatchcase(name, pattern)]
+    if not names:
+        example = next(iter(profile.document.layers))
+        raise ProblemError("unknown-layer", f"no layer matches {pattern!r}; names look like {example!r}")
+    wanted_bits = sorted(set(bits)) or [float(b) for b in profile.document.grid.bits]
+    wanted_ranks = sorted(set(ranks)) or sorted(profile.document.grid.ranks)
+    if len(names) * len(wanted_bits) * len(wanted_ranks) > most_points:
+        raise ProblemError(
+            "invalid-request",
+            f"this asks for more than {most_points:,} points; name fewer layers, bits or ranks",
+        )
+    return [_curve(profile, name, wanted_bits, wanted_ranks) for name in names]
+
+
+def _curve(profile: Profile, name: str, bits: Sequence[float], ranks: Sequence[int]) -> LayerCurve:
+    record = profile.document.layers[name]
+    return LayerCurve(
+        layer=name,
+        block=record.block,
+        projection=record.projection,
+        fit=CurveFit(**{k: v for k, v in asdict(record.fit).items() if k in CurveFit.model_fields}),
+        measured=[MeasuredError(**asdict(m.option), error=m.error) for m in profile.measurements[name]],
+        predicted=[_predicted(profile, name, b, r) for r in ranks for b in bits],
+    )
+
+
+def _predicted(profile: Profile, name: str, bits: float, rank: int) -> PredictedError:
+    fit = profile.document.layers[name].fit
+    error = fit.error(bits, rank, GROUP_SIZE)
+    return PredictedError(
+        bits=bits,
+        rank=rank,
+        group_size=GROUP_SIZE,
+        error=error,
+        interval=Interval(low=error / fit.worst_ratio, high=error * fit.worst_ratio),
+        kl_nats=error * profile.sensitivity(name),
+    )
+
+
+def curve_rows(profile: Profile, curves: Sequence[LayerCurve]) -> list[tuple[Any, ...]]:
+    """One row of `COLUMNS` per measured and predicted point; a measured point is its own interval."""
+    rows: list[tuple[Any, ...]] = []
+    for curve in curves:
+        price = profile.sensitivity(curve.layer)
+        for m in curve.measured:
+            option = (float(m.bits), m.rank, m.group_size, m.factor_bits)
+            rows.append((curve.layer, "measured", *option, m.error, m.error, m.error, m.error * price))
+        for p in curve.predicted:
+            option = (p.bits, int(p.rank), p.group_size, 0)
+            interval = (p.interval.low, p.interval.high)
+            rows.append((curve.layer, "predicted", *option, p.error, *interval, p.kl_nats))
+    return rows
+
+
+def as_csv(rows: Sequence[tuple[Any, ...]]) -> bytes:
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def as_parquet(rows: Sequence[tuple[Any, ...]]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    columns = zip(COLUMNS, zip(*rows, strict=True), strict=True)
+    buffer = BytesIO()
+    parquet.write_table(pa.table({name: list(values) for name, values in columns}), buffer)
+    return buffer.getvalue()
+
+
+def block_losses(profile: Profile) -> FidelityAnswer:
+    """Predicted KL of compressing one block alone, at 3 bits in groups of 64 where the grid has them.
+
+    Without that setting, at the option nearest to it that every layer was measured at.
+    """
+    shared = set.intersection(*({m.option for m in ms} for ms in profile.measurements.values()))
+    if not shared:
+        raise ProblemError("unusable", "the layers of this profile have no option in common; profile again")
+    option = min(shared, key=lambda o: (o.rank, abs(o.bits - BLOCK_BITS), abs(o.group_size - GROUP_SIZE), o))
+    total: dict[int, float] = {}
+    for name, record in profile.document.layers.items():
+        error = next(m.error for m in profile.measurements[name] if m.option == option)
+        total[record.block] = total.get(record.block, 0.0) + error * profile.sensitivity(name)
+    low, high = profile.interval_factors
+    return FidelityAnswer(
+        profile=profile.sha256,
+        setting=f"{option.bits} bits, group {option.group_size}",
+        blocks=[
+            BlockLoss(block=block, kl_nats=kl, interval=Interval(low=kl * low, high=kl * high))
+            for block, kl in sorted(total.items())
+        ],
+    )

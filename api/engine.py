@@ -1,0 +1,55 @@
+"""The durable engine under the jobs, DBOS: where its tables lie, and what client and worker must agree on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sqlalchemy import make_url
+
+from api.database import make_engine
+from api.settings import Settings
+
+if TYPE_CHECKING:
+    from dbos import DBOSClient
+
+APPLICATION = "bitrank"
+VERSION = "jobs-1"
+"""Of the workflows' shape, not of the product: workers of one version resume each other's work. Raise it when a
+workflow's steps change."""
+JOBS, GROUPS, COMPUTE = "jobs", "groups", "compute"
+"""Queues. A job waits for its groups (one model of a batch), a group for its computations; each has a queue of its
+own so that waiting never takes the place that what is waited for needs."""
+RUN_JOB = "run_job"
+POLLING_SECONDS = 0.4
+"""Between looks at a queue and at a child's outcome: every task starts so much later, and an idle worker that much
+less often asks the database."""
+
+
+def engine_url(settings: Settings) -> str:
+    """PostgreSQL: the service's own database, in the schema `dbos`. SQLite: a file beside the service's."""
+    url = make_url(settings.url)
+    if not url.drivername.startswith("sqlite"):
+        return url.set(drivername="postgresql").render_as_string(hide_password=False)
+    return f"sqlite:///{url.database}.engine"
+
+
+def prepare_engine(settings: Settings) -> None:
+    """Create or upgrade the engine's tables; several processes may do so at once."""
+    from dbos import DBOS
+
+    url = engine_url(settings)
+    if url.startswith("sqlite"):
+        engine = make_engine(url)
+        with engine.connect():
+            engine.dispose()
+    DBOS.migrate(url)
+
+
+def engine_client(settings: Settings) -> DBOSClient:
+    from dbos import DBOSClient
+
+    return DBOSClient(
+        system_database_url=engine_url(settings),
+        application_name=APPLICATION,
+        observability_query_timeout_sec=10.0,
+    )

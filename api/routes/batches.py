@@ -1,0 +1,40 @@
+"""POST /v1/batches: every model under every budget, as one job."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Depends
+from starlette.responses import Response
+
+from api.auth import requires
+from api.keys import Principal
+from api.problems import ProblemError, responses
+from api.routes.negotiation import IDEMPOTENT
+from api.routes.submission import ACCEPTED, job_accepted
+from api.schemas import BatchRequest
+from api.service import ServiceOf
+
+router = APIRouter(prefix="/v1/batches", tags=["jobs"])
+EXAMPLES = {"two budgets": {"value": {"jobs": [{"model": "demo", "budgets": ["3bpw", "25%"]}]}}}
+
+
+@router.post(
+    "",
+    status_code=202,
+    dependencies=[IDEMPOTENT],
+    responses={**ACCEPTED, **responses("unknown-model", "too-large", "queue-full", "conflict")},
+)
+def submit_batch(
+    request: Annotated[BatchRequest, Body(openapi_examples=EXAMPLES)],
+    service: ServiceOf,
+    owner: Annotated[Principal, Depends(requires("plan"))],
+) -> Response:
+    """Finished items can be read in the job's `result` while it runs; one that fails leaves the others alone."""
+    items = sum(len(entry.budgets) for entry in request.jobs)
+    most = service.settings.max_batch_items
+    if items > most:
+        raise ProblemError("invalid-request", f"{items:,} items are more than {most:,}; split the batch")
+    for model in {entry.model for entry in request.jobs}:
+        service.catalogue.resolve(model)
+    return job_accepted(service.jobs.submit("batch", request.model_dump(mode="json"), owner.id))

@@ -1,0 +1,34 @@
+"""POST /v1/compressions: a worker carries a plan out into a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Depends
+from starlette.responses import Response
+
+from api.auth import requires
+from api.keys import Principal
+from api.problems import responses
+from api.routes.negotiation import IDEMPOTENT
+from api.routes.submission import ACCEPTED, job_accepted
+from api.schemas import CompressionRequest
+from api.service import ServiceOf
+
+router = APIRouter(prefix="/v1/compressions", tags=["jobs"])
+
+
+@router.post(
+    "",
+    status_code=202,
+    dependencies=[IDEMPOTENT],
+    responses={**ACCEPTED, **responses("unknown-plan", "queue-full", "conflict")},
+)
+def submit_compression(
+    request: Annotated[CompressionRequest, Body()],
+    service: ServiceOf,
+    owner: Annotated[Principal, Depends(requires("compress"))],
+) -> Response:
+    """The checkpoint lands under `checkpoints/<plan>` of the data directory."""
+    service.plans.read(request.plan)
+    return job_accepted(service.jobs.submit("compression", request.model_dump(mode="json"), owner.id))

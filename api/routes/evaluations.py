@@ -1,0 +1,54 @@
+"""/v1/evaluations: measure a plan's checkpoint; read measured KL beside the predicted one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Depends, Query
+from sqlalchemy import select
+from starlette.responses import Response
+
+from api.auth import requires
+from api.database import EvaluationRow
+from api.keys import Principal
+from api.problems import responses
+from api.routes.negotiation import IDEMPOTENT
+from api.routes.submission import ACCEPTED, job_accepted
+from api.schemas import PLAN_ID, EvaluationAnswer, EvaluationList, EvaluationRequest
+from api.service import ServiceOf
+
+router = APIRouter(prefix="/v1/evaluations", tags=["jobs"])
+
+
+@router.post(
+    "",
+    status_code=202,
+    dependencies=[IDEMPOTENT],
+    responses={**ACCEPTED, **responses("unknown-plan", "queue-full", "conflict")},
+)
+def submit_evaluation(
+    request: Annotated[EvaluationRequest, Body()],
+    service: ServiceOf,
+    owner: Annotated[Principal, Depends(requires("compress"))],
+) -> Response:
+    """Measure the checkpoint of a plan, made first where it is missing, against the original."""
+    service.plans.read(request.plan)
+    return job_accepted(service.jobs.submit("evaluation", request.model_dump(mode="json"), owner.id))
+
+
+@router.get("", responses=responses())
+def list_evaluations(
+    service: ServiceOf,
+    reader: Annotated[Principal, Depends(requires("read"))],
+    plan: Annotated[str | None, Query(pattern=PLAN_ID, description="Of this plan alone.")] = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+) -> EvaluationList:
+    """The newest measurements, predicted KL beside measured KL."""
+    query = select(EvaluationRow).order_by(EvaluationRow.created_at.desc()).limit(limit)
+    if plan is not None:
+        query = query.where(EvaluationRow.plan_id == plan)
+    with service.database.transaction() as session:
+        rows = list(session.scalars(query))
+    return EvaluationList(
+        evaluations=[EvaluationAnswer.model_validate(row, from_attributes=True) for row in rows]
+    )

@@ -1,0 +1,128 @@
+"""/v1/plans: make a plan, read it, explain it, compare it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, Path, Query
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from allocator.budget import parse_budget
+from allocator.errors import BudgetSyntaxError
+from allocator.plan import Plan
+from allocator.strategies import parse_strategy
+from api.auth import requires
+from api.explanation import difference, explain
+from api.keys import Principal
+from api.problems import ProblemError, responses
+from api.routes.negotiation import IDEMPOTENT, NOT_MODIFIED, IfNoneMatch, tagged
+from api.routes.submission import ACCEPTED, job_accepted
+from api.schemas import PLAN_ID, DiffAnswer, ExplanationAnswer, PlanRequest
+from api.service import Service, ServiceOf
+
+router = APIRouter(prefix="/v1/plans", tags=["plans"])
+PlanId = Annotated[str, Path(pattern=PLAN_ID, description="A plan's id.")]
+Reader = Annotated[Principal, Depends(requires("read"))]
+Planner = Annotated[Principal, Depends(requires("plan"))]
+EXAMPLES = {
+    "bits per weight": {"value": {"model": "demo", "budget": "3.25bpw"}},
+    "a quarter of the original": {"value": {"model": "demo", "budget": "25%"}},
+    "uniform": {"value": {"model": "demo", "strategy": "uniform:3"}},
+    "constrained": {
+        "value": {
+            "model": "demo",
+            "budget": "3.25bpw",
+            "constraints": {"pins": [{"layers": "*.0.*", "bits": 8}], "tie_fused": True},
+        }
+    },
+}
+MADE: dict[int | str, dict[str, Any]] = {
+    201: {
+        "description": "The plan.",
+        "headers": {
+            "Location": {"description": "The plan's address.", "schema": {"type": "string"}},
+            "ETag": {"description": "The plan's id, quoted.", "schema": {"type": "string"}},
+        },
+    },
+}
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=Plan,
+    dependencies=[IDEMPOTENT],
+    responses={**MADE, **ACCEPTED, **responses("unknown-model", "too-large", "queue-full", "conflict")},
+)
+def make_plan(
+    request: Annotated[PlanRequest, Body(openapi_examples=EXAMPLES)], service: ServiceOf, owner: Planner
+) -> Response:
+    """Plan one budget from the newest profile of a model: 201. A model without one is profiled first: 202."""
+    profile_id = service.profiles.find(request.model)
+    if profile_id is None:
+        return _profiled_first(service, request, owner)
+    return _planned(service, profile_id, request, owner)
+
+
+def _profiled_first(service: Service, request: PlanRequest, owner: Principal) -> Response:
+    service.catalogue.resolve(request.model)
+    if request.constraints is not None:
+        raise ProblemError(
+            "unknown-profile", f"{request.model!r} has no profile to constrain; POST /v1/profiles makes one"
+        )
+    wanted = request.model_dump(mode="json", include={"model", "budget", "strategy"})
+    if request.budget is not None:
+        parse_budget(request.budget)
+    parse_strategy(request.strategy)
+    return job_accepted(service.jobs.submit("plan", wanted, owner.id))
+
+
+def _planned(service: Service, profile_id: str, request: PlanRequest, owner: Principal) -> Response:
+    with service.metrics.plan_seconds.time():
+        plan_id, document = service.plans.save(plan_of(service, profile_id, request), owner.id)
+    headers = {"Location": f"/v1/plans/{plan_id}", "ETag": f'"{plan_id}"'}
+    return Response(document, 201, headers, "application/json")
+
+
+def plan_of(service: Service, profile_id: str, request: PlanRequest) -> Plan:
+    """The plan a request asks for. Raises the allocator's errors."""
+    from api.usecases import plan_budget, plan_constrained
+
+    profile = service.profiles.load(profile_id)
+    if request.constraints is None:
+        return plan_budget(profile, request.budget, request.strategy)
+    if request.strategy != "optimal":
+        raise ProblemError("strategy", "constraints go with the strategy optimal; leave one of them out")
+    if request.budget is None:
+        raise BudgetSyntaxError("a budget is missing; give one like 700MiB, 25% or 3.25bpw")
+    return plan_constrained(profile, request.budget, request.constraints.rules())
+
+
+@router.get("/{plan_id}", response_model=Plan, responses={**NOT_MODIFIED, **responses("unknown-plan")})
+async def read_plan(
+    plan_id: PlanId, service: ServiceOf, reader: Reader, if_none_match: IfNoneMatch = None
+) -> Response:
+    """plan.json, byte for byte as `bitrank plan` writes it."""
+    document = service.plans.cached(plan_id)
+    if document is None:
+        document = await run_in_threadpool(service.plans.read, plan_id)
+    return tagged(document, "application/json", f'"{plan_id}"', if_none_match)
+
+
+@router.get("/{plan_id}/explain", responses=responses("unknown-plan"))
+def explain_plan(
+    plan_id: PlanId,
+    service: ServiceOf,
+    reader: Reader,
+    layer: Annotated[str, Query(min_length=1, max_length=200, description="Layers by glob.")] = "*",
+) -> ExplanationAnswer:
+    """Why layers got what they got: marginal nats per MiB against the shadow price, next better and worse option."""
+    plan = service.plans.plan(plan_id)
+    return explain(plan_id, plan, service.profiles.load(plan.profile_sha256).menu, layer)
+
+
+@router.get("/{plan_id}/diff/{other_id}", responses=responses("unknown-plan"))
+def compare_plans(plan_id: PlanId, other_id: PlanId, service: ServiceOf, reader: Reader) -> DiffAnswer:
+    """What changes from one plan to another."""
+    return difference(plan_id, service.plans.plan(plan_id), other_id, service.plans.plan(other_id))

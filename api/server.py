@@ -1,0 +1,72 @@
+"""The server process: opens the service, warms it up and runs uvicorn on it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from pathlib import Path
+
+import uvicorn
+
+from allocator.errors import BitrankError
+from api.app import make_app
+from api.observability import configure_logging, log
+from api.service import Service
+from api.settings import Settings
+
+BACKLOG = 2_048
+KEEP_ALIVE_SECONDS = 30
+MOST_CONNECTIONS = 4_096
+
+
+class ServerError(BitrankError):
+    """The server cannot start; the message says why and what to do."""
+
+
+def run_server(settings: Settings, profiles: tuple[Path, ...] = (), workers: int = 1) -> None:
+    """Serve until interrupted, with `workers` worker processes beside.
+
+    Raises `ServerError` when the address is taken or keys are missing.
+    """
+    configure_logging(settings.log_level)
+    service = Service.open(settings)
+    if settings.needs_keys and not service.keys.any_valid():
+        raise ServerError(
+            f"{settings.host} is reachable from other machines and there is no API key;"
+            " make one with `bitrank keys create NAME`, or serve on 127.0.0.1"
+        )
+    for directory in profiles:
+        service.profiles.register(directory)
+    listener = listen(settings)
+    os.environ["BITRANK_DATA_DIR"] = str(settings.data_dir)
+    service.jobs.launch(workers)
+    host, port = listener.getsockname()[:2]
+    log.info("serving", address=f"http://{host}:{port}")
+    threading.Thread(target=service.profiles.warm, name="warm", daemon=True).start()
+    config = uvicorn.Config(
+        make_app(service),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=5,
+        limit_concurrency=MOST_CONNECTIONS,
+    )
+    uvicorn.Server(config).run([listener])
+
+
+def listen(settings: Settings) -> socket.socket:
+    """A listening socket at the settings' address; port 0 takes a free one."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise ServerError(
+            f"cannot listen at {settings.host}:{settings.port} ({error.strerror}); choose another --port"
+        ) from error
+    listener.listen(BACKLOG)
+    return listener

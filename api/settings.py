@@ -1,0 +1,116 @@
+"""What the service is told by its environment: addresses, folders and limits. Nothing here opens anything."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from allocator.errors import BitrankError
+
+PREFIX = "BITRANK_"
+
+
+class SettingsError(BitrankError):
+    """An environment variable cannot be used; the message names it and says what it takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The service's settings. Every field but `host` and `port` is read from `BITRANK_<FIELD>`.
+
+    data_dir holds profiles/, checkpoints/ and, by default, the database. model_roots are the folders whose
+    models may be named in a request. requests_per_second and burst limit each API key; queue_quota is the most
+    unfinished jobs of one owner; body_seconds is how long a request body may take to arrive.
+    """
+
+    data_dir: Path = Path.home() / ".local" / "share" / "bitrank"
+    database_url: str = ""
+    model_roots: tuple[Path, ...] = ()
+    hub: bool = True
+    host: str = "127.0.0.1"
+    port: int = 8000
+    allowed_hosts: tuple[str, ...] = ()
+    max_body_bytes: int = 1_048_576
+    body_seconds: float = 20.0
+    max_batch_items: int = 1_000
+    max_curve_points: int = 200_000
+    max_event_streams: int = 256
+    requests_per_second: float = 200.0
+    burst: int = 400
+    queue_quota: int = 100
+    cached_profiles: int = 8
+    cached_plans: int = 1_024
+    idempotency_hours: float = 24.0
+    log_level: str = "info"
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
+        """Read every variable that is set. Raises `SettingsError` naming one that cannot be read."""
+        values: dict[str, object] = {}
+        for field in fields(cls):
+            name = PREFIX + field.name.upper()
+            if field.name not in ("host", "port") and environment.get(name):
+                values[field.name] = _read(name, str(field.type), environment[name])
+        return cls(**values)  # type: ignore[arg-type]
+
+    @property
+    def url(self) -> str:
+        """The database: the one given, or a file of the data directory."""
+        return self.database_url or f"sqlite:///{self.data_dir / 'bitrank.db'}"
+
+    @property
+    def profiles_dir(self) -> Path:
+        return self.data_dir / "profiles"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.data_dir / "checkpoints"
+
+    @property
+    def needs_keys(self) -> bool:
+        """Whether requests must carry an API key: everywhere but on loopback."""
+        return not is_loopback(self.host)
+
+    def __repr__(self) -> str:
+        """Without the database URL, which may hold a password."""
+        return f"Settings(data_dir={self.data_dir}, host={self.host}, port={self.port})"
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _read(name: str, kind: str, text: str) -> object:
+    if kind == "Path":
+        return Path(text).expanduser()
+    if kind == "tuple[Path, ...]":
+        return tuple(Path(part).expanduser() for part in text.split(os.pathsep) if part)
+    if kind == "tuple[str, ...]":
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if kind == "bool":
+        return _boolean(name, text)
+    return _number(name, kind, text) if kind in ("int", "float") else text
+
+
+def _boolean(name: str, text: str) -> bool:
+    if text.lower() not in ("1", "0", "true", "false", "yes", "no"):
+        raise SettingsError(f"{name}={text!r} is neither yes nor no; write 1 or 0")
+    return text.lower() in ("1", "true", "yes")
+
+
+def _number(name: str, kind: str, text: str) -> float:
+    try:
+        number = int(text) if kind == "int" else float(text)
+    except ValueError:
+        raise SettingsError(f"{name}={text!r} is not a number; give one above zero") from None
+    if not 0 < number < float("inf"):
+        raise SettingsError(f"{name}={text!r} is out of range; give a number above zero")
+    return number

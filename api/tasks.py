@@ -1,0 +1,290 @@
+"""What workers compute for jobs: profiling steps, plans, checkpoints, measurements.
+
+What lives here: each task as a method from a JSON-able request to a JSON-able result, every one idempotent: what is
+already on the shared data directory is found, not made again. In which order is for `workflows.py`.
+
+    <data_dir>/runs/<digest>/profile    a profile being made, kept when finished as the answer to the same request
+    <data_dir>/profiles/<sha256>        finished profiles
+    <data_dir>/checkpoints/<plan id>    finished checkpoints
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from allocator.errors import BitrankError, BudgetSyntaxError, StrategyError
+from api.catalogue import Catalogue
+from api.database import Database, EvaluationRow
+from api.job_schemas import EvaluationJob, JobProgress, PlanJob, ProfileJob, ProfileOptions
+from api.ledger import Ledger
+from api.plan_store import PlanStore
+from api.problems import problem_of
+from api.profile_store import ProfileStore
+from api.settings import Settings
+
+if TYPE_CHECKING:
+    from allocator.plan import Plan
+    from profiler.profile import Profile, ProfileRun, ProfileSettings
+
+REPORT_SECONDS = 0.5
+LOCK_SECONDS = 0.2
+Json = dict[str, Any]
+
+
+class Reporter:
+    """A `Progress` that writes to the ledger: at most twice a second, and the time left at the rate so far.
+
+    `item` is the model of a batch, whose own progress counts items: only events are written then.
+    """
+
+    def __init__(self, ledger: Ledger, job_id: str, item: str | None = None) -> None:
+        self._ledger, self._job_id, self._item = ledger, job_id, item
+        self._stage, self._first, self._entered, self._written = "", 0, 0.0, 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        moment = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._first, self._entered, self._written = stage, done, moment, 0.0
+        if done < total and moment - self._written < REPORT_SECONDS:
+            return
+        self._written = moment
+        steps = done - self._first
+        eta = (moment - self._entered) / steps * (total - done) if steps > 0 else None
+        progress = JobProgress(stage=stage, done=done, total=total, eta_seconds=eta)
+        self.event("progress", progress.model_dump())
+        if self._item is None:
+            self._ledger.set_progress(self._job_id, progress)
+
+    def event(self, kind: str, data: Json) -> None:
+        self._ledger.add_event(
+            self._job_id, kind, data if self._item is None else {**data, "model": self._item}
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Executor:
+    """Who computes: the worker's id, its device, and who else is alive."""
+
+    id: str
+    device: str
+    is_alive: Callable[[str], bool]
+
+
+class Tasks:
+    """The tasks of one worker process. Keeps one model loaded, for the next block of it."""
+
+    def __init__(self, settings: Settings, database: Database, executor: Executor) -> None:
+        self._settings, self._database, self._executor = settings, database, executor
+        self._catalogue = Catalogue(settings)
+        self._profiles = ProfileStore(settings, database)
+        self._plans = PlanStore(settings, database)
+        self._run: tuple[Json, ProfileRun] | None = None
+
+    def run(self, name: str, request: Json, report: Reporter) -> Json:
+        """The result of the task of that name."""
+        tasks: dict[str, Callable[[Json, Reporter], Json]] = {
+            "begin": self.begin,
+            "block": self.block,
+            "finish": self.finish,
+            "plan": self.plan,
+            "compress": self.compress,
+            "evaluate": self.evaluate,
+        }
+        return tasks[name](request, report)
+
+    def begin(self, request: Json, report: Reporter) -> Json:
+        """The id of the profile where it is made already; otherwise statistics on disk and the number of blocks."""
+        from profiler.profile import begin_profile, is_finished, load_profile
+
+        job = ProfileJob.model_validate(request)
+        if job.settings == ProfileOptions() and (known := self._profiles.find(job.model)) is not None:
+            return {"profile_id": known}
+        run = self._opened(job)
+        with self._alone(run, "begin"):
+            if is_finished(run.output, run.request):
+                return self._registered(load_profile(run.output).path, job.model)
+            run.output.parent.mkdir(parents=True, exist_ok=True)
+            begin_profile(run, report)
+        return {"blocks": run.block_count}
+
+    def block(self, request: Json, report: Reporter) -> Json:
+        """Sweep one block; `measured` names the layers that were not on disk yet."""
+        from profiler.profile import is_finished, sweep_block
+
+        run, index = self._opened(ProfileJob.model_validate(request["profile"])), int(request["block"])
+        with self._alone(run, f"block-{index}"):
+            if is_finished(run.output, run.request):
+                return {"measured": []}
+            measured = sweep_block(run, index, report)
+        report.event(
+            "block",
+            {
+                "run": run.output.parent.name,
+                "block": index,
+                "measured": measured,
+                "executor": self._executor.id,
+            },
+        )
+        return {"measured": measured}
+
+    def finish(self, request: Json, report: Reporter) -> Json:
+        """Probes, the profile's files, and its registration."""
+        from profiler.profile import finish_profile, is_finished
+
+        job = ProfileJob.model_validate(request)
+        run = self._opened(job)
+        with self._alone(run, "finish"):
+            if not is_finished(run.output, run.request):
+                self._run = None
+                finish_profile(run, report)
+            shutil.rmtree(run.work, ignore_errors=True)
+        return self._registered(run.output, job.model)
+
+    def plan(self, request: Json, report: Reporter) -> Json:
+        """One outcome per budget: the id of a stored plan, or a problem."""
+        outcomes = []
+        for number, budget in enumerate(request["budgets"]):
+            outcome = self._planned(request, budget)
+            outcomes.append(outcome)
+            if (first := request.get("first_item")) is not None:
+                item = {"index": first + number, "model": request["model"], "budget": budget, **outcome}
+                report.event("item", item)
+        return {"outcomes": outcomes}
+
+    def _planned(self, request: Json, budget: str | None) -> Json:
+        profile = self._profiles.load(request["profile_id"])
+        try:
+            made = planned(PlanJob.model_validate({**request["job"], "budget": budget}), profile)
+        except BitrankError as error:
+            return {"error": problem_of(error).document()}
+        plan_id, _ = self._plans.save(made, request.get("owner"))
+        return {"profile_id": profile.sha256, "plan_id": plan_id}
+
+    def compress(self, request: Json, report: Reporter) -> Json:
+        """The checkpoint of a stored plan, unless it is there."""
+        from api.usecases import execute
+
+        plan_id = request["plan"]
+        plan, output = self._plans.plan(plan_id), self._settings.checkpoints_dir / plan_id
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with alone(output.with_name(f".{plan_id}.lock"), self._executor):
+            if not output.exists():
+                profile = self._profiles.load(plan.profile_sha256)
+                execute(plan, profile, output, report, self._executor.device)
+        return {"plan_id": plan_id, "checkpoint": f"checkpoints/{plan_id}", "tensor_bytes": plan.total_bytes}
+
+    def evaluate(self, request: Json, report: Reporter) -> Json:
+        """The measured KL of a plan's checkpoint, stored beside the predicted one."""
+        from api.usecases import evaluate_model
+
+        job, row_id = EvaluationJob.model_validate(request["job"]), request["evaluation_id"]
+        plan = self._plans.plan(job.plan)
+        checkpoint = str(self._settings.checkpoints_dir / job.plan)
+        found = evaluate_model(
+            checkpoint, plan.model.id, None, job.tokens, report, device=self._executor.device
+        )
+        self._store(row_id, job.plan, plan, asdict(replace(found, model=f"checkpoints/{job.plan}")))
+        return {
+            "evaluation_id": row_id,
+            "plan_id": job.plan,
+            "kl_nats": found.kl_nats,
+            "predicted_kl_nats": plan.predicted_kl,
+            "perplexity": found.perplexity,
+            "reference_perplexity": found.reference_perplexity,
+        }
+
+    def _store(self, row_id: str, plan_id: str, plan: Plan, result: Json) -> None:
+        row = EvaluationRow(
+            id=row_id,
+            plan_id=plan_id,
+            model=result["model"],
+            reference=result["reference"],
+            predicted_kl=plan.predicted_kl,
+            measured_kl=result["kl_nats"],
+            result={key: value for key, value in result.items() if value == value},
+        )
+        with self._database.transaction() as session:
+            session.merge(row)
+
+    def _registered(self, directory: Path, model: str) -> Json:
+        return {"profile_id": self._profiles.register(directory, model)}
+
+    def _opened(self, job: ProfileJob) -> ProfileRun:
+        """The run of this request, from memory where the last task was of it too."""
+        from profiler.checkpoint import find_model
+        from profiler.profile import open_run
+
+        key = job.model_dump()
+        if self._run is not None and self._run[0] == key:
+            return self._run[1]
+        self._run = None
+        ref = find_model(job.directory or self._catalogue.resolve(job.model))
+        run = open_run(ref, Path(), profile_settings(job, self._executor.device))
+        digest = sha256(f"{ref.id}\n{run.request}".encode()).hexdigest()[:32]
+        run = replace(run, output=self._settings.data_dir / "runs" / digest / "profile")
+        self._run = (key, run)
+        return run
+
+    @contextmanager
+    def _alone(self, run: ProfileRun, step: str) -> Iterator[None]:
+        with alone(run.output.parent / f"{step}.lock", self._executor):
+            yield
+
+
+def profile_settings(job: ProfileJob, device: str) -> ProfileSettings:
+    from profiler.profile import ProfileSettings
+
+    given = {name: value for name, value in job.settings.model_dump().items() if value is not None}
+    return ProfileSettings(device=device, **given)
+
+
+def planned(job: PlanJob, profile: Profile) -> Plan:
+    """The plan of one budget under the job's strategy or constraints. Raises the allocator's errors."""
+    from api.schemas import PlanConstraints
+    from api.usecases import plan_budget, plan_constrained
+
+    if job.constraints is None:
+        return plan_budget(profile, job.budget, job.strategy)
+    if job.strategy != "optimal":
+        raise StrategyError("constraints go with the strategy optimal; leave one of them out")
+    if job.budget is None:
+        raise BudgetSyntaxError("a budget is missing; give one like 700MiB, 25% or 3.25bpw")
+    return plan_constrained(profile, job.budget, PlanConstraints.model_validate(job.constraints).rules())
+
+
+@contextmanager
+def alone(path: Path, executor: Executor) -> Iterator[None]:
+    """Hold the lock file while open. The system lets go of a killed holder's lock at once; a holder that is frozen
+    is passed over when it is declared dead, which does no harm: what both then write is the same.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        seen = ""
+        while not _locked(file.fileno()):
+            file.seek(0)
+            holder = file.read().strip()
+            if holder and holder == seen and not executor.is_alive(holder):
+                break
+            seen = holder
+            time.sleep(LOCK_SECONDS)
+        else:
+            file.truncate(0)
+            file.write(executor.id)
+            file.flush()
+        yield
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
