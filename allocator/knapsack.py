@@ -28,7 +28,7 @@ from time import perf_counter
 import numpy as np
 
 from allocator.core import Core, Limits, integer_program, search
-from allocator.errors import InfeasibleError, InvalidProblemError
+from allocator.errors import InfeasibleError, ProblemTooLargeError
 from allocator.problem import Floats, Integers, Problem, Solution
 from allocator.relaxation import Candidates, Relaxation, Table, relax
 
@@ -56,11 +56,11 @@ def solve(problem: Problem, *, time_limit_seconds: float = 10.0) -> Solution:
     A budget that every group's cheapest option fits leaves slack and has a shadow price of 0.
     `time_limit_seconds` bounds the search for a proof, not the relaxation; 0 returns the first incumbent with
     its gap. Raises `InfeasibleError` where even the smallest options exceed the budget, and
-    `InvalidProblemError` where there are more than `OPTION_CAP` options.
+    `ProblemTooLargeError` where there are more than `OPTION_CAP` options.
     """
     deadline = perf_counter() + time_limit_seconds
     if len(problem.cost) > OPTION_CAP:
-        raise InvalidProblemError(
+        raise ProblemTooLargeError(
             f"{len(problem.cost):,} options exceed the cap of {OPTION_CAP:,}; offer fewer bits or ranks"
         )
     table = Table.of(problem)

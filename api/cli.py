@@ -116,6 +116,9 @@ def profile(
         str | None, typer.Option(help="Ranks to measure; by the model's width if absent.")
     ] = None,
     group_sizes: Annotated[str, typer.Option(help="Group sizes to measure.")] = "32,64,128",
+    rank_group_sizes: Annotated[
+        str | None, typer.Option(help="Group sizes to measure ranks at, 64 if absent; more are slow.")
+    ] = None,
     device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
@@ -132,6 +135,9 @@ def profile(
         bits=widths,
         ranks=None if ranks is None else (0, *(r for r in _numbers(ranks, "--ranks") if r)),
         group_sizes=_numbers(group_sizes, "--group-sizes", {32, 64, 128}),
+        rank_group_sizes=None
+        if rank_group_sizes is None
+        else _numbers(rank_group_sizes, "--rank-group-sizes", {32, 64, 128}),
     )
     report = progress()
     made = profile_model(model, output, settings, report)

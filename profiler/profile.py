@@ -207,7 +207,8 @@ def load_profile(path: Path) -> Profile:
 
 @dataclass(frozen=True, slots=True)
 class ProfileSettings:
-    """How to profile. `calibration` None samples text from the model itself; ranks None picks them by width."""
+    """How to profile. `calibration` None samples text from the model itself; ranks None picks them by width;
+    rank_group_sizes None measures ranks at group 64 alone (at all three, the sweep takes about three times as long)."""
 
     calibration: Path | None = None
     tokens: int = DEFAULT_TOKENS
@@ -216,6 +217,7 @@ class ProfileSettings:
     bits: tuple[int, ...] = BITS
     ranks: tuple[int, ...] | None = None
     group_sizes: tuple[int, ...] = GROUP_SIZES
+    rank_group_sizes: tuple[int, ...] | None = None
     factor_bits: tuple[int, ...] = FACTOR_BITS
     rounds: int = ROUNDS
 
@@ -396,7 +398,8 @@ def finish_profile(run: ProfileRun, progress: Progress) -> Profile:
 
 def grid_of(loaded: LoadedModel, settings: ProfileSettings) -> GridSettings:
     ranks = default_ranks(loaded.layers) if settings.ranks is None else settings.ranks
-    rank_groups = tuple(g for g in settings.group_sizes if g == 64) or settings.group_sizes[:1]
+    usual = tuple(g for g in settings.group_sizes if g == 64) or settings.group_sizes[:1]
+    rank_groups = settings.rank_group_sizes or usual
     return GridSettings(settings.bits, ranks, settings.group_sizes, rank_groups, settings.factor_bits)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from allocator import core, knapsack, relaxation
 from allocator.certificate import verify
-from allocator.errors import InfeasibleError, InvalidProblemError
+from allocator.errors import InfeasibleError, InvalidProblemError, ProblemTooLargeError
 from allocator.knapsack import solve
 from allocator.problem import Problem
 from benchmarks.instances import FAMILIES, MODELS, OPTIONS, model_instance, model_sizes, random_instance
@@ -222,7 +222,7 @@ def test_equal_layers_of_a_real_model_are_proven(bits_per_weight: float) -> None
 
 def test_too_many_options_are_refused_with_the_number_and_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knapsack, "OPTION_CAP", 3)
-    with pytest.raises(InvalidProblemError, match="4 options exceed the cap of 3"):
+    with pytest.raises(ProblemTooLargeError, match="4 options exceed the cap of 3"):
         solve(problem_of([[(1, 1.0), (2, 0.5)], [(1, 1.0), (2, 0.5)]], 3))
 
 

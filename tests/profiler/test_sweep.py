@@ -94,3 +94,10 @@ def test_measured_errors_fall_with_bits(tiny_profile: Callable[[str], Profile], 
         for option, error in errors.items():
             finer = Option(option.bits + 1, option.rank, option.group_size, option.factor_bits)
             assert errors.get(finer, 0.0) < error
+
+
+def test_ranks_can_be_measured_at_every_group_size() -> None:
+    layer = Layer("up", 0, "up", 64, 96, False)
+    grid = GridSettings((2, 3), (0, 8), (32, 64, 128), (32, 64, 128), (4,))
+    measured = {(o.bits, o.rank, o.group_size) for o in grid.options(layer)}
+    assert measured == {(b, r, g) for b in (2, 3) for r in (0, 8) for g in (32, 64, 128)}
