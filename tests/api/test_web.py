@@ -161,6 +161,7 @@ def test_a_drag_is_one_step_back(page: Page) -> None:
     first = page.locator("#budget").input_value()
     drag(page, 0.2)
     second = page.locator("#budget").input_value()
+    assert second != first
     page.go_back()
     expect(page.locator("#budget")).to_have_value(first)
     page.go_forward()
