@@ -124,7 +124,7 @@ def profile(
 ) -> None:
     """Measure a model once, so that every budget can be planned from it."""
     from api.usecases import profile_model
-    from profiler.profile import ProfileSettings
+    from profiler.run import ProfileSettings
 
     widths = _numbers(bits, "--bits", {2, 3, 4, 5, 6, 8})
     settings = ProfileSettings(

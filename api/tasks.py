@@ -32,7 +32,8 @@ from api.settings import Settings
 
 if TYPE_CHECKING:
     from allocator.plan import Plan
-    from profiler.profile import Profile, ProfileRun, ProfileSettings
+    from profiler.profile import Profile
+    from profiler.run import ProfileRun, ProfileSettings
 
 REPORT_SECONDS = 0.5
 LOCK_SECONDS = 0.2
@@ -102,7 +103,8 @@ class Tasks:
 
     def begin(self, request: Json, report: Reporter) -> Json:
         """The id of the profile where it is made already; otherwise statistics on disk and the number of blocks."""
-        from profiler.profile import begin_profile, is_finished, load_profile
+        from profiler.profile import load_profile
+        from profiler.run import begin_profile, is_finished
 
         job = ProfileJob.model_validate(request)
         if job.settings == ProfileOptions() and (known := self._profiles.find(job.model)) is not None:
@@ -117,7 +119,7 @@ class Tasks:
 
     def block(self, request: Json, report: Reporter) -> Json:
         """Sweep one block; `measured` names the layers that were not on disk yet."""
-        from profiler.profile import is_finished, sweep_block
+        from profiler.run import is_finished, sweep_block
 
         run, index = self._opened(ProfileJob.model_validate(request["profile"])), int(request["block"])
         with self._alone(run, f"block-{index}"):
@@ -137,7 +139,7 @@ class Tasks:
 
     def finish(self, request: Json, report: Reporter) -> Json:
         """Probes, the profile's files, and its registration."""
-        from profiler.profile import finish_profile, is_finished
+        from profiler.run import finish_profile, is_finished
 
         job = ProfileJob.model_validate(request)
         run = self._opened(job)
@@ -220,7 +222,7 @@ class Tasks:
     def _opened(self, job: ProfileJob) -> ProfileRun:
         """The run of this request, from memory where the last task was of it too."""
         from profiler.checkpoint import find_model
-        from profiler.profile import open_run
+        from profiler.run import open_run
 
         key = job.model_dump()
         if self._run is not None and self._run[0] == key:
@@ -240,7 +242,7 @@ class Tasks:
 
 
 def profile_settings(job: ProfileJob, device: str) -> ProfileSettings:
-    from profiler.profile import ProfileSettings
+    from profiler.run import ProfileSettings
 
     given = {name: value for name, value in job.settings.model_dump().items() if value is not None}
     return ProfileSettings(device=device, **given)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from profiler.calibration import Progress
     from profiler.evaluation import Fidelity
     from profiler.layers import LoadedModel
-    from profiler.profile import Profile, ProfileSettings
+    from profiler.profile import Profile
+    from profiler.run import ProfileSettings
 
 EVALUATION_TOKENS = 32_768
 
@@ -42,7 +43,7 @@ def home() -> Path:
 def profile_model(model: str, output: Path, settings: ProfileSettings, progress: Progress) -> Profile:
     """Measure a model into the directory `output`, or resume doing so."""
     from profiler.checkpoint import find_model
-    from profiler.profile import build_profile
+    from profiler.run import build_profile
 
     profile = build_profile(find_model(model), output, settings, progress)
     remember(profile)
@@ -241,7 +242,7 @@ def execute(
     """Carry out a plan made from `profile`. Raises `PlanError` when the model's weights are not the plan's."""
     from compressor.worker import compress
     from profiler.checkpoint import find_model, weights_sha256
-    from profiler.layers import load_model
+    from profiler.layers import open_model
     from profiler.stream import block_works
 
     ref = find_model(model or plan.model.id)
@@ -249,7 +250,7 @@ def execute(
         raise PlanError(
             f"the weights of {ref.id} are not those the plan was made for; profile this model and plan again"
         )
-    loaded = load_model(ref, device)
+    loaded = open_model(ref, device)
     kept = {name: tensor.cpu() for name, tensor in loaded.kept_tensors()}
     output = output.resolve()
     with scratch(output.with_name(f".{output.name}.activations")) as folder:

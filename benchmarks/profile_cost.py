@@ -19,7 +19,7 @@ import torch
 import compressor.decompose as decompose
 from api.cli import peak_memory_bytes, progress
 from profiler.checkpoint import find_model
-from profiler.profile import ProfileSettings, build_profile
+from profiler.run import DEFAULT_TOKENS, ProfileSettings, build_profile
 
 MIB = 2**20
 
@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS)
     arguments = parser.parse_args()
     inside: dict[str, float] = {}
     timed("_quantized_of", inside)
@@ -49,7 +50,7 @@ def main() -> None:
     report, baseline = progress(), peak_memory_bytes()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        settings = ProfileSettings(calibration=arguments.calibration)
+        settings = ProfileSettings(calibration=arguments.calibration, tokens=arguments.tokens)
         profile = build_profile(find_model(arguments.model), Path(folder) / "profile", settings, report)
     wall, peak = time.perf_counter() - started, peak_memory_bytes()
     layers = profile.document.layers.values()
@@ -71,7 +72,9 @@ def main() -> None:
         f"peak {peak / MIB:.0f} MiB resident, of which {baseline / MIB:.0f} MiB before the model was loaded"
     )
     print(
-        f"model in float32 {model_bytes / MIB:.0f} MiB, largest block's Hessians {statistics / MIB:.1f} MiB"
+        f"taken since: {(peak - baseline) / MIB:.0f} MiB, against {(model_bytes + 2 * statistics) / MIB:.0f} MiB:"
+        f" the model in float32, {model_bytes / MIB:.0f}, and twice the largest block's Hessians,"
+        f" {statistics / MIB:.1f}"
     )
 
 

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from allocator.errors import BitrankError
 from profiler.layers import Layer, LoadedModel
 
-WINDOWS_PER_BATCH = 4
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, the steps done and the steps in all."""
 
@@ -132,9 +131,10 @@ class BlockInputs:
             file.seek(4 * first * self._window)
             file.write(hidden_NTd.float().cpu().contiguous().numpy().data)
 
-    def batches(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        for first in range(0, self.shape[0], WINDOWS_PER_BATCH):
-            count = min(WINDOWS_PER_BATCH, self.shape[0] - first)
+    def batches(self, windows: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """The first window's index and the inputs of at most `windows` windows, in turn."""
+        for first in range(0, self.shape[0], windows):
+            count = min(windows, self.shape[0] - first)
             values = np.fromfile(self.path, np.float32, count * self._window, offset=4 * first * self._window)
             yield first, torch.from_numpy(values).view(count, *self.shape[1:]).to(device)
 
@@ -168,7 +168,8 @@ def captured_inputs(loaded: LoadedModel) -> Iterator[dict[int, tuple[Tensor, Blo
 def block_calls(loaded: LoadedModel, tokens_NT: Tensor) -> dict[int, list[BlockCall]]:
     """How each block is called, by batch size: full batches, then a short last one."""
     calls: dict[int, list[BlockCall]] = {}
-    sizes = {min(WINDOWS_PER_BATCH, len(tokens_NT)), len(tokens_NT) % WINDOWS_PER_BATCH} - {0}
+    batch = loaded.windows_per_batch
+    sizes = {min(batch, len(tokens_NT)), len(tokens_NT) % batch} - {0}
     for size in sizes:
         with captured_inputs(loaded) as seen, torch.no_grad():
             loaded.model(tokens_NT[:size].to(loaded.device), use_cache=False)
@@ -189,15 +190,16 @@ def gradient_moments(
         layer.name: torch.zeros(layer.rows, dtype=torch.float64, device=loaded.device)
         for layer in loaded.layers
     }
-    for first in range(0, len(tokens_NT), WINDOWS_PER_BATCH):
-        batch_NT = tokens_NT[first : first + WINDOWS_PER_BATCH].to(loaded.device)
+    batch = loaded.windows_per_batch
+    for first in range(0, len(tokens_NT), batch):
+        batch_NT = tokens_NT[first : first + batch].to(loaded.device)
         with captured_inputs(loaded) as seen:
             gradient = _output_gradient(loaded, batch_NT, generator)
         for index in reversed(range(len(loaded.block_names))):
             hidden, call = seen.pop(index)
             inputs[index].write(first, hidden)
             gradient = _block_gradient(loaded, index, call, hidden, gradient, total)
-        progress("gradients", min(first + WINDOWS_PER_BATCH, len(tokens_NT)), len(tokens_NT))
+        progress("gradients", min(first + batch, len(tokens_NT)), len(tokens_NT))
     return _lend_to_silent(loaded, {n: (moment / tokens_NT.numel()).float() for n, moment in total.items()})
 
 
@@ -323,7 +325,7 @@ def input_moments(
     for layer in layers:
         handles.append(loaded.model.get_submodule(layer.name).register_forward_pre_hook(watch(layer)))
     try:
-        for first, hidden_NTd in inputs.batches(loaded.device):
+        for first, hidden_NTd in inputs.batches(loaded.windows_per_batch, loaded.device):
             live.clear()
             output = calls[len(hidden_NTd)][index](loaded.blocks[index], hidden_NTd)
             if outputs is not None:

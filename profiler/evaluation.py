@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from profiler.calibration import Progress, silent
 from profiler.layers import LoadedModel
 
-BATCH = 2
+BATCH = 1
+COMPARED = 128
+"""Tokens compared at once; a comparison holds several copies of their logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +97,19 @@ def measure(
 
 def _compare(logits_TV: Tensor, reference_TV: Tensor, target_T: Tensor) -> Tensor:
     """Of one window (5,): KL, loss, reference loss, cosine, agreement, each a mean over its tokens."""
+    pieces = zip(*(t.split(COMPARED) for t in (logits_TV, reference_TV, target_T)), strict=True)
+    return torch.cat([_compared(*piece) for piece in pieces]).mean(dim=0)
+
+
+def _compared(logits_TV: Tensor, reference_TV: Tensor, target_T: Tensor) -> Tensor:
+    """The same of every token (T, 5)."""
     log_q, log_p = logits_TV.log_softmax(-1), reference_TV.log_softmax(-1)
-    nll = -log_q.gather(-1, target_T[:, None]).mean()
-    reference_nll = -log_p.gather(-1, target_T[:, None]).mean()
-    kl = (log_p.exp() * log_p.sub_(log_q)).sum(-1).mean()
-    cosine = F.cosine_similarity(logits_TV, reference_TV, dim=-1).mean()
-    same = (logits_TV.argmax(-1) == reference_TV.argmax(-1)).float().mean()
-    return torch.stack([kl, nll, reference_nll, cosine, same])
+    nll = -log_q.gather(-1, target_T[:, None])[:, 0]
+    reference_nll = -log_p.gather(-1, target_T[:, None])[:, 0]
+    kl = (log_p.exp() * log_p.sub_(log_q)).sum(-1)
+    cosine = F.cosine_similarity(logits_TV, reference_TV, dim=-1)
+    same = (logits_TV.argmax(-1) == reference_TV.argmax(-1)).float()
+    return torch.stack([kl, nll, reference_nll, cosine, same], dim=-1)
 
 
 @torch.inference_mode()

@@ -38,14 +38,8 @@ from benchmarks.faults import (
 )
 from profiler.calibration import silent
 from profiler.checkpoint import find_model
-from profiler.profile import (
-    ProfileSettings,
-    begin_profile,
-    finish_profile,
-    load_profile,
-    open_run,
-    sweep_block,
-)
+from profiler.profile import load_profile
+from profiler.run import ProfileSettings, begin_profile, finish_profile, open_run, sweep_block
 
 SMALL = {"model": "small", "settings": GRID}
 
