@@ -13,6 +13,7 @@ divergence per token (Martens and Grosse, K-FAC, arXiv 1503.05671, with both fac
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from torch import Tensor, nn
 from allocator.errors import BitrankError
 from profiler.layers import Layer, LoadedModel
 
+LINES_TOKENIZED = 1000
+TOKENS_DRAWN = 128
+"""Positions whose next tokens are drawn at once; drawing holds several copies of their probabilities."""
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, the steps done and the steps in all."""
 
@@ -55,7 +59,7 @@ def text_tokens(loaded: LoadedModel, path: Path, count: int) -> Tensor:
 
 def windows(loaded: LoadedModel, text: str, count: int, source: str) -> Tensor:
     """int64 (N, T): `text` cut into windows, at most `count` tokens, taken evenly from start to end."""
-    tokens = torch.tensor(loaded.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+    tokens = tokenize(loaded.tokenizer, text)
     if len(tokens) < loaded.window:
         raise CalibrationError(
             f"{source} has {len(tokens)} tokens; give at least {loaded.window}, one window"
@@ -69,6 +73,18 @@ def windows(loaded: LoadedModel, text: str, count: int, source: str) -> Tensor:
     tokens_NT = tokens[: len(tokens) // loaded.window * loaded.window].view(-1, loaded.window)
     wanted = min(len(tokens_NT), max(1, count // loaded.window))
     return tokens_NT[torch.linspace(0, len(tokens_NT) - 1, wanted).round().long()]
+
+
+def tokenize(tokenizer: Any, text: str) -> Tensor:
+    """int64 (T,) tokens of a text, taken at line ends in pieces: a tokenizer holds far more than the tokens."""
+    tokens, piece = array("i"), list[str]()
+    for line in text.splitlines(keepends=True):
+        piece.append(line)
+        if len(piece) == LINES_TOKENIZED:
+            tokens.extend(tokenizer("".join(piece), add_special_tokens=False)["input_ids"])
+            piece.clear()
+    tokens.extend(tokenizer("".join(piece), add_special_tokens=False)["input_ids"])
+    return torch.tensor(tokens, dtype=torch.int64)
 
 
 @torch.inference_mode()
@@ -222,7 +238,7 @@ def _lend_to_silent(loaded: LoadedModel, moments: dict[str, Tensor]) -> dict[str
 
 
 def _output_gradient(loaded: LoadedModel, batch_NT: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient of −Σ log p(ŷ) by the last block's output; by the logits it is p − onehot(ŷ)."""
+    """Gradient of −Σ log p(ŷ) by the last block's output; by the logits it is p − onehot(ŷ), made in their place."""
     leaves: list[Tensor] = []
 
     def cut(module: nn.Module, arguments: Any, output: Any) -> Any:
@@ -235,9 +251,12 @@ def _output_gradient(loaded: LoadedModel, batch_NT: Tensor, generator: torch.Gen
         logits_NTV = loaded.model(batch_NT, use_cache=False).logits.float()
     finally:
         handle.remove()
-    by_logits_nV = logits_NTV.detach().softmax(-1).flatten(0, 1)
-    drawn_n1 = torch.multinomial(by_logits_nV, 1, generator=generator)
-    by_logits_nV.scatter_add_(1, drawn_n1, torch.full_like(drawn_n1, -1, dtype=by_logits_nV.dtype))
+    by_logits_nV = logits_NTV.detach().flatten(0, 1)
+    by_logits_nV.sub_(by_logits_nV.amax(-1, keepdim=True)).exp_()
+    by_logits_nV.div_(by_logits_nV.sum(-1, keepdim=True))
+    for piece_mV in by_logits_nV.split(TOKENS_DRAWN):
+        drawn_m1 = torch.multinomial(piece_mV, 1, generator=generator)
+        piece_mV.scatter_add_(1, drawn_m1, torch.full_like(drawn_m1, -1, dtype=piece_mV.dtype))
     logits_NTV.backward(by_logits_nV.view_as(logits_NTV))
     gradient = leaves[0].grad
     assert gradient is not None

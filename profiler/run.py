@@ -47,6 +47,7 @@ from profiler.error_model import fit_error_model
 from profiler.gain import Probe, calibrate
 from profiler.layers import Layer, LoadedModel, load_model, open_model
 from profiler.measurement import BITS, FACTOR_BITS, GROUP_SIZES, GridSettings, Measurement
+from profiler.memory import return_freed_memory
 from profiler.probes import PROBES, keeper, measure_probes
 from profiler.profile import (
     COLUMNS,
@@ -174,6 +175,7 @@ class ProfileRun:
 
 def open_run(ref: ModelRef, output: Path, settings: ProfileSettings) -> ProfileRun:
     """Load the model for a profile in `output`, which is neither read nor written yet."""
+    return_freed_memory()
     check_uncompressed(ref)
     weights = weights_sha256(ref)
     loaded = open_model(ref, settings.device)
