@@ -17,6 +17,7 @@ from allocator.errors import BudgetAboveOriginalError, InfeasibleError, PlanErro
 from allocator.knapsack import solve
 from allocator.problem import Integers, Menu, Solution
 from allocator.storage import Option
+from allocator.verification import Verification
 
 SCHEMA_VERSION = 1
 MIB = 2**20
@@ -79,6 +80,7 @@ class Plan(Frozen):
     target: str | None
     layers: dict[str, PlanLayer]
     kept: dict[str, int]
+    verification: Verification | None = None
 
     @property
     def compressible_bytes(self) -> int:
@@ -151,6 +153,39 @@ def optimal_choice(menu: Menu, total_bytes: int) -> Solution:
     return solve(menu.problem(total_bytes))
 
 
+def planned_layers(menu: Menu, choice: Integers) -> dict[str, PlanLayer]:
+    layers = {}
+    for layer, index in zip(menu.layers, choice.tolist(), strict=True):
+        option = layer.options[index]
+        layers[layer.name] = PlanLayer(
+            bits=option.bits,
+            rank=option.rank,
+            group_size=option.group_size,
+            factor_bits=option.factor_bits,
+            bytes=int(layer.total_bytes[index]),
+            error=float(layer.error[index]),
+            cost=float(layer.cost[index]),
+        )
+    return layers
+
+
+def with_choice(plan: Plan, menu: Menu, choice: Integers, interval_factors: tuple[float, float]) -> Plan:
+    """The plan with another choice at the same budget; the certificate of the optimum stays beside it."""
+    layers = planned_layers(menu, choice)
+    predicted_kl = sum(layer.cost for layer in layers.values())
+    return plan.model_copy(
+        update={
+            "layers": layers,
+            "total_bytes": plan.total_bytes
+            - plan.compressible_bytes
+            + sum(layer.bytes for layer in layers.values()),
+            "predicted_kl": predicted_kl,
+            "predicted_kl_interval": (predicted_kl * interval_factors[0], predicted_kl * interval_factors[1]),
+            "gap": max(0.0, predicted_kl - plan.lower_bound),
+        }
+    )
+
+
 def make_plan(
     menu: Menu,
     choice: Integers,
@@ -166,18 +201,7 @@ def make_plan(
 
     interval_factors: the prediction interval's ends as multiples of the prediction.
     """
-    layers = {}
-    for layer, index in zip(menu.layers, choice.tolist(), strict=True):
-        option = layer.options[index]
-        layers[layer.name] = PlanLayer(
-            bits=option.bits,
-            rank=option.rank,
-            group_size=option.group_size,
-            factor_bits=option.factor_bits,
-            bytes=int(layer.total_bytes[index]),
-            error=float(layer.error[index]),
-            cost=float(layer.cost[index]),
-        )
+    layers = planned_layers(menu, choice)
     predicted_kl = sum(layer.cost for layer in layers.values())
     return Plan(
         schema_version=SCHEMA_VERSION,

@@ -66,10 +66,8 @@ def stored_logits(reference: nn.Module, tokens_NT: Tensor, path: Path) -> Refere
 
 
 @torch.inference_mode()
-def measure(
-    model: nn.Module, reference: Reference, tokens_NT: Tensor, progress: Progress = silent
-) -> Fidelity:
-    """Compare a model with its reference on the same windows, int64 (N, T)."""
+def compare(model: nn.Module, reference: Reference, tokens_NT: Tensor, progress: Progress = silent) -> Tensor:
+    """Of every window (N, 5) float64: KL, loss, reference loss, cosine, agreement, each a mean over its tokens."""
     device = next(model.parameters()).device
     rows = []
     for first in range(0, len(tokens_NT), BATCH):
@@ -81,7 +79,14 @@ def measure(
             for q_TV, p_TV, target_T in zip(logits_NTV, reference_NTV, batch_NT, strict=True)
         ]
         progress("measuring", min(first + BATCH, len(tokens_NT)), len(tokens_NT))
-    window_N5 = torch.stack(rows).double()
+    return torch.stack(rows).double().cpu()
+
+
+def measure(
+    model: nn.Module, reference: Reference, tokens_NT: Tensor, progress: Progress = silent
+) -> Fidelity:
+    """Compare a model with its reference on the same windows, int64 (N, T)."""
+    window_N5 = compare(model, reference, tokens_NT, progress)
     kl, nll, reference_nll, cosine, agreement = window_N5.mean(dim=0).tolist()
     spread = window_N5[:, 0].std().item() / len(window_N5) ** 0.5 if len(window_N5) > 1 else float("nan")
     return Fidelity(

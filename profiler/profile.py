@@ -132,10 +132,16 @@ class Profile:
 
     def calibration_tokens(self) -> Tensor:
         """int64 (N, T): the windows the statistics are over, without those held back for probes."""
+        return self._tokens()[: self.document.calibration.windows]
+
+    def probe_tokens(self) -> Tensor:
+        """int64 (N, T): the windows held back from the statistics."""
+        return self._tokens()[self.document.calibration.windows :]
+
+    def _tokens(self) -> Tensor:
         from safetensors.torch import load_file
 
-        tokens_NT = load_file(self.path / "calibration.safetensors")["tokens"].long()
-        return tokens_NT[: self.document.calibration.windows]
+        return load_file(self.path / "calibration.safetensors")["tokens"].long()
 
 
 def load_profile(path: Path) -> Profile:
