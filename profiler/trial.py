@@ -58,11 +58,12 @@ def _carry_out(block: BlockWork, wanted: Mapping[str, list[Option]], folder: Pat
     curvatures: dict[int, Curvature] = {}
     for work in block.layers():
         options = [option for option in wanted[work.name] if option.bits != KEEP_BITS]
-        if options and id(work.hessian_II) not in curvatures:
-            curvatures[id(work.hessian_II)] = Curvature.of(work.hessian_II)
-        for p, found in decompose(
-            [work.weight_OI] * len(options), curvatures.get(id(work.hessian_II)), options
-        ):
+        if not options:
+            continue
+        key = id(work.hessian_II)
+        if key not in curvatures:
+            curvatures[key] = Curvature.of(work.hessian_II)
+        for p, found in decompose([work.weight_OI] * len(options), curvatures[key], options):
             write_atomically(_file(folder, work.name, options[p]), save(layer_tensors(found)))
 
 
