@@ -14,7 +14,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from road import Road
-from sqlalchemy import select
+from sqlalchemy import make_url, select
 
 from allocator.plan import load_plan
 from api.cursor import decode_cursor, encode_cursor
@@ -175,6 +175,20 @@ def test_settings_come_from_the_environment() -> None:
     for name, value in (("BURST", "many"), ("BURST", "0"), ("BODY_SECONDS", "nan"), ("HUB", "maybe")):
         with pytest.raises(SettingsError, match=name):
             Settings.from_environment({f"BITRANK_{name}": value})
+
+
+def test_a_secret_may_come_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("p@ss word\n")
+    environment = {
+        "BITRANK_DATABASE_URL": "postgresql://ann@host/x",
+        "BITRANK_DATABASE_PASSWORD_FILE": str(tmp_path / "password"),
+    }
+    found = Settings.from_environment(environment)
+    assert make_url(found.url).password == "p@ss word"
+    assert make_url(found.url).host == "host"
+    assert "p@ss" not in repr(found)
+    with pytest.raises(SettingsError, match="BITRANK_STORE_FILE"):
+        Settings.from_environment({"BITRANK_STORE_FILE": str(tmp_path / "absent")})
 
 
 @pytest.mark.parametrize(("host", "needed"), [("127.0.0.1", False), ("::1", False), ("localhost", False)])
