@@ -14,6 +14,7 @@ from api.app import make_app
 from api.observability import configure_logging, log
 from api.service import Service
 from api.settings import Settings
+from api.tracing import start_tracing, trace_requests
 
 BACKLOG = 2_048
 KEEP_ALIVE_SECONDS = 30
@@ -30,6 +31,7 @@ def run_server(settings: Settings, profiles: tuple[Path, ...] = (), workers: int
     Raises `ServerError` when the address is taken or keys are missing.
     """
     configure_logging(settings.log_level)
+    start_tracing("bitrank-server")
     service = Service.open(settings)
     if settings.needs_keys and not service.keys.any_valid():
         raise ServerError(
@@ -44,8 +46,10 @@ def run_server(settings: Settings, profiles: tuple[Path, ...] = (), workers: int
     host, port = listener.getsockname()[:2]
     log.info("serving", address=f"http://{host}:{port}")
     threading.Thread(target=service.profiles.warm, name="warm", daemon=True).start()
+    app = make_app(service)
+    trace_requests(app)
     config = uvicorn.Config(
-        make_app(service),
+        app,
         log_config=None,
         access_log=False,
         server_header=False,
