@@ -13,6 +13,7 @@ from road import Road
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("demo", "profile", "plan", "frontier", "curves", "compress", "evaluate")
+SERVICE_COMMANDS = ("serve", "worker", "batch", "jobs", "keys")
 HEAVY = {"torch", "transformers", "numpy", "scipy", "cvxpy", "pandas", "pyarrow", "fastapi"}
 
 
@@ -30,7 +31,7 @@ def answer(bitrank: CommandLine, *arguments: str | Path) -> Any:
 # Help
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *COMMANDS, *SERVICE_COMMANDS])
 def test_help_imports_nothing_heavy(command: str) -> None:
     arguments = [*command.split(), "--help"]
     process = subprocess.run(
@@ -48,7 +49,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
 
 def test_help_names_every_command(bitrank: CommandLine) -> None:
     words = bitrank("--help").stdout.split()
-    assert [command for command in COMMANDS if command not in words] == []
+    assert [command for command in (*COMMANDS, *SERVICE_COMMANDS) if command not in words] == []
 
 
 def test_the_installed_script_is_the_module() -> None:
