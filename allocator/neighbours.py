@@ -33,7 +33,7 @@ def neighbours(
     """
     slack = total_bytes - menu.kept_bytes - sum(_size(menu, choice, index) for index in range(len(choice)))
     moves = sorted(_moves(menu, choice), key=lambda move: move.cost + price_per_byte * move.size)[:MOVES]
-    steps = [(move,) for move in moves if move.size <= slack]
+    steps: list[tuple[Move, ...]] = [(move,) for move in moves if move.size <= slack]
     steps += [
         (first, second)
         for index, first in enumerate(moves)
