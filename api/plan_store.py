@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from threading import Lock
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
+from starlette.concurrency import run_in_threadpool
 
 from allocator.plan import Plan
 from api.database import Database, PlanRow, now
@@ -15,33 +20,80 @@ from api.problems import ProblemError
 from api.settings import Settings
 
 ID_LENGTH = 32
+MOST_CACHED_BYTES = 64 * 2**20
+TABLE = PlanRow.__table__
+INSERT = {
+    dialect.__name__.rpartition(".")[2]: dialect.insert(TABLE).on_conflict_do_nothing(index_elements=["id"])
+    for dialect in (sqlite, postgresql)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A plan as it will be stored: content-addressed, the id is the first 32 hexadecimal digits of the sha256."""
+
+    id: str
+    document: bytes
+    profile_id: str
+    predicted_kl: float
+
+    @classmethod
+    def of(cls, plan: Plan) -> Draft:
+        document = plan.document()
+        return cls(
+            sha256(document).hexdigest()[:ID_LENGTH], document, plan.profile_sha256, plan.predicted_kl
+        )
+
+    def row(self, owner: str | None) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "profile_id": self.profile_id,
+            "predicted_kl": self.predicted_kl,
+            "document": self.document,
+            "owner": owner,
+            "created_at": now(),
+        }
+
+
+@dataclass(slots=True)
+class Commit:
+    """Rows that go to the database in one transaction, and the error that met them."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    error: Exception | None = None
 
 
 class PlanStore:
-    """Plans are content-addressed: the id is the first 32 hexadecimal digits of the document's sha256."""
+    """The plans of one database. A plan is stored once, whoever asks for it again."""
 
     def __init__(self, settings: Settings, database: Database) -> None:
         self._database = database
+        self._insert = INSERT[database.engine.dialect.name]
         self._capacity = settings.cached_plans
         self._cached: OrderedDict[str, bytes] = OrderedDict()
+        self._cached_bytes = 0
         self._lock = Lock()
+        self._next = Commit()
+        self._committing = asyncio.Lock()
 
     def save(self, plan: Plan, owner: str | None) -> tuple[str, bytes]:
-        """Store a plan; returns its id and document. The same plan has the same id, and is stored once."""
-        plan_id, document = addressed(plan)
-        build = sqlite.insert if self._database.is_sqlite else postgresql.insert
-        statement = build(PlanRow).values(
-            id=plan_id,
-            profile_id=plan.profile_sha256,
-            predicted_kl=plan.predicted_kl,
-            document=document,
-            owner=owner,
-            created_at=now(),
-        )
-        with self._database.engine.begin() as connection:
-            connection.execute(statement.on_conflict_do_nothing(index_elements=["id"]))
-        self._remember(plan_id, document)
-        return plan_id, document
+        """Store a plan; returns its id and document once they are in the database."""
+        draft = Draft.of(plan)
+        self._write([draft.row(owner)])
+        self._remember(draft.id, draft.document)
+        return draft.id, draft.document
+
+    async def keep(self, draft: Draft, owner: str | None) -> None:
+        """`save` for the event loop: drafts that arrive during a commit share the next one."""
+        commit = self._next
+        commit.rows.append(draft.row(owner))
+        async with self._committing:
+            if commit is self._next:
+                self._next = Commit()
+                await run_in_threadpool(self._try_to_write, commit)
+        if commit.error is not None:
+            raise commit.error
+        self._remember(draft.id, draft.document)
 
     def cached(self, plan_id: str) -> bytes | None:
         """The document, if it is in memory: for answers that must not wait for the database."""
@@ -62,15 +114,19 @@ class PlanStore:
         """The parsed plan. Raises `ProblemError` (unknown-plan)."""
         return Plan.model_validate_json(self.read(plan_id))
 
+    def _try_to_write(self, commit: Commit) -> None:
+        try:
+            self._write(commit.rows)
+        except Exception as error:
+            commit.error = error
+
+    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
+        with self._database.engine.begin() as connection:
+            connection.execute(self._insert, rows)
+
     def _remember(self, plan_id: str, document: bytes) -> None:
         with self._lock:
+            self._cached_bytes += len(document) - len(self._cached.pop(plan_id, b""))
             self._cached[plan_id] = document
-            self._cached.move_to_end(plan_id)
-            while len(self._cached) > self._capacity:
-                self._cached.popitem(last=False)
-
-
-def addressed(plan: Plan) -> tuple[str, bytes]:
-    """The id of a plan, and plan.json."""
-    document = (plan.model_dump_json(indent=1) + "\n").encode()
-    return sha256(document).hexdigest()[:ID_LENGTH], document
+            while len(self._cached) > self._capacity or self._cached_bytes > MOST_CACHED_BYTES:
+                self._cached_bytes -= len(self._cached.popitem(last=False)[1])

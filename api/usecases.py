@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from allocator.budget import parse_budget
 from allocator.errors import BitrankError, BudgetSyntaxError, InfeasibleError, PlanError
-from allocator.plan import Plan, PlanBudget, budget_bytes, describe_bytes, make_plan
+from allocator.plan import Plan, PlanBudget, budget_bytes, describe_bytes
 from allocator.strategies import Optimal, choice_bytes, choose, parse_strategy
 
 if TYPE_CHECKING:
@@ -94,8 +94,6 @@ def plan_budget(profile: Profile, budget: str | None, strategy: str = "optimal")
 
     Raises `BudgetSyntaxError`, `InfeasibleError`, `BudgetAboveOriginalError`, `StrategyError`.
     """
-    from allocator.knapsack import solve
-
     menu, parsed = profile.menu, parse_strategy(strategy)
     if budget is None:
         if isinstance(parsed, Optimal):
@@ -103,7 +101,7 @@ def plan_budget(profile: Profile, budget: str | None, strategy: str = "optimal")
         total = choice_bytes(menu, choose(parsed, menu, menu.original_bytes))
         budget = f"{total}B"
     total = budget_bytes(menu, parse_budget(budget))
-    bound = solve(menu.problem(total))
+    bound = profile.planner.optimum(total)
     choice = bound.choice if isinstance(parsed, Optimal) else choose(parsed, menu, total)
     taken = choice_bytes(menu, choice)
     if taken > total:
@@ -112,16 +110,8 @@ def plan_budget(profile: Profile, budget: str | None, strategy: str = "optimal")
             f" raise it to {describe_bytes(menu, taken)}",
             taken,
         )
-    return make_plan(
-        menu,
-        choice,
-        model=profile.document.model,
-        profile_sha256=profile.sha256,
-        budget=PlanBudget(text=budget, bytes=total),
-        bound=bound,
-        strategy=strategy,
-        interval_factors=profile.interval_factors,
-    )
+    written = PlanBudget(text=budget, bytes=total)
+    return profile.planner.plan(choice, budget=written, bound=bound, strategy=strategy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,13 +355,5 @@ def plan_constrained(profile: Profile, budget: str, constraints: Constraints) ->
     menu = profile.menu
     total = budget_bytes(menu, parse_budget(budget))
     found = allocate(menu, total, constraints, time_limit_seconds=CONSTRAINED_SECONDS)
-    return make_plan(
-        menu,
-        found.choice,
-        model=profile.document.model,
-        profile_sha256=profile.sha256,
-        budget=PlanBudget(text=budget, bytes=total),
-        bound=found,
-        strategy="optimal",
-        interval_factors=profile.interval_factors,
-    )
+    written = PlanBudget(text=budget, bytes=total)
+    return profile.planner.plan(found.choice, budget=written, bound=found, strategy="optimal")

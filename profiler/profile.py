@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from allocator.errors import BitrankError
 from allocator.plan import PlanModel
+from allocator.planner import Planner
 from allocator.problem import LayerMenu, Menu
 from allocator.storage import KEEP, Option, layer_bytes
 from profiler.error_model import ErrorModel
@@ -119,6 +120,10 @@ class Profile:
                 )
             )
         return Menu(tuple(layers), self.document.kept)
+
+    @cached_property
+    def planner(self) -> Planner:
+        return Planner(self.menu, self.document.model, self.sha256, self.interval_factors)
 
     def sensitivity(self, name: str) -> float:
         """Nats of KL per token that a unit of a layer's error costs, calibrated by the probes."""
