@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from threading import Lock
@@ -12,7 +10,6 @@ from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
-from starlette.concurrency import run_in_threadpool
 
 from allocator.plan import Plan
 from api.database import Database, PlanRow, now
@@ -28,33 +25,6 @@ INSERT = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A plan as it will be stored: content-addressed, the id is the first 32 hexadecimal digits of the sha256."""
-
-    id: str
-    document: bytes
-    profile_id: str
-    predicted_kl: float
-
-    @classmethod
-    def of(cls, plan: Plan) -> Draft:
-        document = plan.document()
-        return cls(
-            sha256(document).hexdigest()[:ID_LENGTH], document, plan.profile_sha256, plan.predicted_kl
-        )
-
-    def row(self, owner: str | None) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "profile_id": self.profile_id,
-            "predicted_kl": self.predicted_kl,
-            "document": self.document,
-            "owner": owner,
-            "created_at": now(),
-        }
-
-
 @dataclass(slots=True)
 class Commit:
     """Rows that go to the database in one transaction, and the error that met them."""
@@ -64,7 +34,7 @@ class Commit:
 
 
 class PlanStore:
-    """The plans of one database. A plan is stored once, whoever asks for it again."""
+    """Plans are content-addressed: the id is the first 32 hexadecimal digits of the document's sha256."""
 
     def __init__(self, settings: Settings, database: Database) -> None:
         self._database = database
@@ -74,26 +44,27 @@ class PlanStore:
         self._cached_bytes = 0
         self._lock = Lock()
         self._next = Commit()
-        self._committing = asyncio.Lock()
+        self._committing = Lock()
 
     def save(self, plan: Plan, owner: str | None) -> tuple[str, bytes]:
-        """Store a plan; returns its id and document once they are in the database."""
-        draft = Draft.of(plan)
-        self._write([draft.row(owner)])
-        self._remember(draft.id, draft.document)
-        return draft.id, draft.document
+        """Store a plan; returns its id and document. The same plan has the same id, and is stored once.
 
-    async def keep(self, draft: Draft, owner: str | None) -> None:
-        """`save` for the event loop: drafts that arrive during a commit share the next one."""
-        commit = self._next
-        commit.rows.append(draft.row(owner))
-        async with self._committing:
-            if commit is self._next:
-                self._next = Commit()
-                await run_in_threadpool(self._try_to_write, commit)
-        if commit.error is not None:
-            raise commit.error
-        self._remember(draft.id, draft.document)
+        Plans that arrive while others are written wait and share the next transaction.
+        """
+        document = plan.document()
+        plan_id = sha256(document).hexdigest()[:ID_LENGTH]
+        self._write(
+            {
+                "id": plan_id,
+                "profile_id": plan.profile_sha256,
+                "predicted_kl": plan.predicted_kl,
+                "document": document,
+                "owner": owner,
+                "created_at": now(),
+            }
+        )
+        self._remember(plan_id, document)
+        return plan_id, document
 
     def cached(self, plan_id: str) -> bytes | None:
         """The document, if it is in memory: for answers that must not wait for the database."""
@@ -114,15 +85,24 @@ class PlanStore:
         """The parsed plan. Raises `ProblemError` (unknown-plan)."""
         return Plan.model_validate_json(self.read(plan_id))
 
-    def _try_to_write(self, commit: Commit) -> None:
+    def _write(self, row: dict[str, Any]) -> None:
+        with self._lock:
+            commit = self._next
+            commit.rows.append(row)
+        with self._committing:
+            if commit is self._next:
+                self._commit(commit)
+        if commit.error is not None:
+            raise commit.error
+
+    def _commit(self, commit: Commit) -> None:
+        with self._lock:
+            self._next = Commit()
         try:
-            self._write(commit.rows)
+            with self._database.engine.begin() as connection:
+                connection.execute(self._insert, commit.rows)
         except Exception as error:
             commit.error = error
-
-    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
-        with self._database.engine.begin() as connection:
-            connection.execute(self._insert, rows)
 
     def _remember(self, plan_id: str, document: bytes) -> None:
         with self._lock:

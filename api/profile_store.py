@@ -87,15 +87,10 @@ class ProfileStore:
     def directory(self, profile_id: str) -> Path:
         return self._folder / profile_id
 
-    def remembered(self, model: str) -> str | None:
-        """What `find` found, as long as that is taken for fresh: for the event loop, which must not wait."""
-        expiry, known = self._found.get(model, (0.0, ""))
-        return known if monotonic() < expiry else None
-
     def find(self, model: str) -> str | None:
         """The id of the newest profile of `model`, None where there is none. May lag by `FOUND_SECONDS`."""
-        known = self.remembered(model)
-        if known is not None:
+        expiry, known = self._found.get(model, (0.0, ""))
+        if monotonic() < expiry:
             return known
         newest = ProfileRow.created_at.desc()
         query = select(ProfileRow.id).where(ProfileRow.model == model).order_by(newest).limit(1)

@@ -15,7 +15,6 @@ from allocator.strategies import parse_strategy
 from api.auth import requires
 from api.explanation import difference, explain
 from api.keys import Principal
-from api.plan_store import Draft
 from api.problems import ProblemError, responses
 from api.routes.negotiation import IDEMPOTENT, NOT_MODIFIED, IfNoneMatch, tagged
 from api.routes.submission import ACCEPTED, job_accepted
@@ -56,20 +55,14 @@ MADE: dict[int | str, dict[str, Any]] = {
     dependencies=[IDEMPOTENT],
     responses={**MADE, **ACCEPTED, **responses("unknown-model", "too-large", "queue-full", "conflict")},
 )
-async def make_plan(
+def make_plan(
     request: Annotated[PlanRequest, Body(openapi_examples=EXAMPLES)], service: ServiceOf, owner: Planner
 ) -> Response:
     """Plan one budget from the newest profile of a model: 201. A model without one is profiled first: 202."""
-    profile_id = service.profiles.remembered(request.model)
+    profile_id = service.profiles.find(request.model)
     if profile_id is None:
-        profile_id = await run_in_threadpool(service.profiles.find, request.model)
-    if profile_id is None:
-        return await run_in_threadpool(_profiled_first, service, request, owner)
-    with service.metrics.plan_seconds.time():
-        draft = await run_in_threadpool(_draft, service, profile_id, request)
-        await service.plans.keep(draft, owner.id)
-    headers = {"Location": f"/v1/plans/{draft.id}", "ETag": f'"{draft.id}"'}
-    return Response(draft.document, 201, headers, "application/json")
+        return _profiled_first(service, request, owner)
+    return _planned(service, profile_id, request, owner)
 
 
 def _profiled_first(service: Service, request: PlanRequest, owner: Principal) -> Response:
@@ -85,8 +78,11 @@ def _profiled_first(service: Service, request: PlanRequest, owner: Principal) ->
     return job_accepted(service.jobs.submit("plan", wanted, owner.id))
 
 
-def _draft(service: Service, profile_id: str, request: PlanRequest) -> Draft:
-    return Draft.of(plan_of(service, profile_id, request))
+def _planned(service: Service, profile_id: str, request: PlanRequest, owner: Principal) -> Response:
+    with service.metrics.plan_seconds.time():
+        plan_id, document = service.plans.save(plan_of(service, profile_id, request), owner.id)
+    headers = {"Location": f"/v1/plans/{plan_id}", "ETag": f'"{plan_id}"'}
+    return Response(document, 201, headers, "application/json")
 
 
 def plan_of(service: Service, profile_id: str, request: PlanRequest) -> Plan:
