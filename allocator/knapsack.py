@@ -105,7 +105,11 @@ class Knapsack:
         before, after = taken[group], problem.start[group] + line.option[breakpoint]
         saved, added = problem.cost[before] - problem.cost[after], problem.size[after] - problem.size[before]
         edges = slice(max(0, breakpoint - NEAR), breakpoint + NEAR)
-        near = np.flatnonzero(np.isin(groups, line.group[edges])) if len(groups) > NEAR else np.arange(len(groups))
+        near = (
+            np.flatnonzero(np.isin(groups, line.group[edges]))
+            if len(groups) > NEAR
+            else np.arange(len(groups))
+        )
         return Relaxation(float(saved / added), base, near)
 
 
@@ -136,7 +140,7 @@ def _search(
         return hunt.solution(problem, table.groups)
     candidates = table.rows(near).survivors(multiplier, base.take(near), hunt.excess)
     hunt.pair(candidates)
-    if len(table) > NEAR:
+    if len(near) < len(table):
         hunt.beam(candidates)
         if hunt.proven or perf_counter() > deadline:
             return hunt.solution(problem, table.groups)

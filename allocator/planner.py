@@ -31,9 +31,15 @@ class Planner:
         return self._knapsack.solve(total_bytes - self.menu.kept_bytes)
 
     def plan(
-        self, choice: Integers, *, budget: PlanBudget, bound: Solution, strategy: str, target: str | None = None
+        self,
+        choice: Integers,
+        *,
+        budget: PlanBudget,
+        bound: Solution,
+        strategy: str,
+        target: str | None = None,
     ) -> Plan:
-        """The plan of any strategy's choice (G,), with `bound`, the optimum's certificate at the same bytes, beside it."""
+        """The plan of any strategy's choice (G,); `bound` certifies the optimum at the same bytes."""
         layers = {
             layer.name: self._planned(group, option)
             for group, (layer, option) in enumerate(zip(self.menu.layers, choice.tolist(), strict=True))

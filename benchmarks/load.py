@@ -2,9 +2,9 @@
 
     python -m benchmarks.load PROFILE [--seconds 60] [--rate 50] [--plans 5000] [--reads 30000] [--soak 100000]
 
-PROFILE is a finished profile directory, like that of `bitrank profile MODEL -o PROFILE`. The server is a `bitrank serve`
-process of its own in an empty data directory; this process is the load generator. Every plan asks for another budget in
-bytes, in random order over all that is feasible, so no answer is a repetition.
+PROFILE is a finished profile directory, like that of `bitrank profile MODEL -o PROFILE`. The server is a
+`bitrank serve` process of its own in an empty data directory; this process is the load generator. Every plan asks for
+another budget in bytes, in random order over all that is feasible, so no answer is a repetition.
 
 At a fixed rate the moment of every request is set beforehand and its latency counts from that moment, so that a slow
 answer also counts against those that had to wait behind it (no coordinated omission). At saturation a few connections
@@ -277,7 +277,9 @@ async def soak(server: Server, requests: Iterator[Request], count: int) -> Outco
         total.errors += outcome.errors
         total.seconds += outcome.seconds
         total.cpu_seconds += outcome.cpu_seconds
-        print(f"after {(part + 1) * (count // 10):,} plans: {server.resident_mib:.0f} MiB resident", flush=True)
+        print(
+            f"after {(part + 1) * (count // 10):,} plans: {server.resident_mib:.0f} MiB resident", flush=True
+        )
     return total
 
 
@@ -292,7 +294,10 @@ async def measure(server: Server, given: argparse.Namespace) -> None:
         outcome = await at_rate(server, islice(plans, at_fixed_rate), given.rate, 201)
         print(outcome.row(f"POST plans, {given.rate:g}/s"), flush=True)
     if given.plans:
-        print((await saturated(server, islice(plans, given.plans), 201)).row("POST plans, saturated"), flush=True)
+        print(
+            (await saturated(server, islice(plans, given.plans), 201)).row("POST plans, saturated"),
+            flush=True,
+        )
     if given.reads:
         reads = (Request(get(address)) for _ in range(given.reads))
         print((await saturated(server, reads, 200)).row("GET plan, saturated"), flush=True)
@@ -303,13 +308,17 @@ async def measure(server: Server, given: argparse.Namespace) -> None:
 def main() -> None:
     import uvloop
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("profile", type=Path)
     parser.add_argument("--rate", type=float, default=50.0, help="plans per second at the fixed rate")
     parser.add_argument("--seconds", type=float, default=60.0, help="of the fixed rate; 0 leaves it out")
     parser.add_argument("--plans", type=int, default=5_000, help="plans at saturation; 0 leaves it out")
     parser.add_argument("--reads", type=int, default=30_000, help="reads at saturation; 0 leaves it out")
-    parser.add_argument("--soak", type=int, default=0, help="plans of the memory measurement; 100000 takes minutes")
+    parser.add_argument(
+        "--soak", type=int, default=0, help="plans of the memory measurement; 100000 takes minutes"
+    )
     given = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="bitrank-load-") as folder,

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pyarrow.parquet as parquet
 import pytest
+from command_line import CommandLine
 from road import Road
 from service_process import ServiceProcess
 
@@ -35,7 +36,25 @@ def test_a_plan_of_a_known_profile_is_made_at_once(client: httpx.Client, road: R
     made = client.post("/v1/plans", json={"model": "model", "budget": "3.4bpw"})
     expected = plan_budget(load_profile(road.profile), "3.4bpw")
     assert made.status_code == 201
-    assert Plan.model_validate_json(made.content) == expected
+    assert made.content == expected.document()
+
+
+def test_a_plan_has_the_bytes_that_the_command_line_writes(
+    client: httpx.Client, bitrank: CommandLine, road: Road, tmp_path: Path
+) -> None:
+    for number, budget in enumerate(("2.9bpw", "3.45bpw", "95%")):
+        made = client.post("/v1/plans", json={"model": "model", "budget": budget})
+        bitrank("plan", road.profile, "--budget", budget, "-o", tmp_path / f"{number}.json")
+        assert (tmp_path / f"{number}.json").read_bytes() == made.content
+
+
+def test_an_answered_plan_outlives_a_killed_server(road: Road, tmp_path: Path) -> None:
+    first = ServiceProcess(tmp_path / "data", "--profile", road.profile)
+    made = first.client.post("/v1/plans", json={"model": "model", "budget": "3.21bpw"})
+    first.kill()
+    second = ServiceProcess(tmp_path / "data")
+    assert second.client.get(made.headers["location"]).content == made.content
+    second.stop()
 
 
 def test_a_plan_is_addressed_by_the_digest_of_its_bytes(client: httpx.Client, tmp_path: Path) -> None:
