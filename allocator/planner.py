@@ -77,4 +77,3 @@ class Planner:
     @cached_property
     def _knapsack(self) -> Knapsack:
         return Knapsack.of(self.menu.problem(self.menu.original_bytes))
-
