@@ -111,6 +111,7 @@ def test_the_file_has_the_fields_of_the_contract(menu: Menu, tmp_path: Path) -> 
     assert set(document) == {
         "schema_version", "model", "profile_sha256", "budget", "total_bytes", "predicted_kl",
         "predicted_kl_interval", "lower_bound", "gap", "shadow_price", "strategy", "target", "layers", "kept",
+        "verification",
     }  # fmt: skip
     assert set(document["model"]) == {"id", "revision", "weights_sha256"}
     assert document["budget"] == {"text": "45%", "bytes": int(0.45 * (30_401 + 2 * 200 * 864))}
