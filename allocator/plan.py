@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from allocator.atomic import write_atomically
 from allocator.budget import Budget
+from allocator.constraints import Constraints, relief, smallest_constrained_bytes
 from allocator.errors import BudgetAboveOriginalError, InfeasibleError, PlanError
 from allocator.knapsack import solve
 from allocator.problem import Integers, Menu, Solution
@@ -119,14 +120,18 @@ class _Version(BaseModel):
     schema_version: int
 
 
-def budget_bytes(menu: Menu, budget: Budget) -> int:
+def budget_bytes(menu: Menu, budget: Budget, constraints: Constraints | None = None) -> int:
     """Bytes of the whole checkpoint; raises when the budget cannot be met or asks for nothing."""
     total = budget.total_bytes(menu.original_bytes, menu.kept_bytes, menu.compressible_weights)
-    smallest = menu.kept_bytes + sum(int(layer.total_bytes.min()) for layer in menu.layers)
+    if constraints is None:
+        smallest = menu.kept_bytes + sum(int(layer.total_bytes.min()) for layer in menu.layers)
+    else:
+        smallest = smallest_constrained_bytes(menu, constraints)
     if total < smallest:
+        advice = "raise the budget" if constraints is None else relief(menu, constraints, smallest)
         raise InfeasibleError(
             f"budget {budget.text} is {total:,} bytes, but the smallest feasible plan takes {smallest:,} bytes"
-            f" ({describe_bytes(menu, smallest)}); raise the budget",
+            f" ({describe_bytes(menu, smallest)}); {advice}",
             smallest,
         )
     if total > menu.original_bytes:
@@ -196,10 +201,12 @@ def make_plan(
     bound: Solution,
     strategy: str,
     interval_factors: tuple[float, float],
+    target: str | None = None,
 ) -> Plan:
     """A plan of any strategy's choice, with `bound`, the optimum's certificate at the same bytes, beside it.
 
-    interval_factors: the prediction interval's ends as multiples of the prediction.
+    interval_factors: the prediction interval's ends as multiples of the prediction. target: the runtime that `menu`
+    was restricted to.
     """
     layers = planned_layers(menu, choice)
     predicted_kl = sum(layer.cost for layer in layers.values())
@@ -215,7 +222,7 @@ def make_plan(
         gap=max(0.0, predicted_kl - bound.lower_bound),
         shadow_price=bound.shadow_price * MIB,
         strategy=strategy,
-        target=None,
+        target=target,
         layers=layers,
         kept=menu.kept,
     )

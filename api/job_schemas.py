@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from allocator.targets import TargetName
+
 Kind = Literal["profile", "plan", "batch", "compression", "evaluation"]
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 UNFINISHED: tuple[State, ...] = ("queued", "running")
@@ -97,6 +99,7 @@ class PlanJob(ProfileJob):
     budget: str | None = None
     strategy: str = "optimal"
     constraints: dict[str, Any] | None = None
+    target: TargetName | None = None
     verify: bool = False
 
 
@@ -106,6 +109,7 @@ class BatchEntry(ProfileJob):
     budgets: Annotated[tuple[str, ...], Field(min_length=1, max_length=1_000)]
     strategy: str = "optimal"
     constraints: dict[str, Any] | None = None
+    target: TargetName | None = None
 
 
 class BatchJob(Request):

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from allocator.budget import parse_budget
-from allocator.errors import BitrankError, BudgetSyntaxError, InfeasibleError, PlanError
+from allocator.constraints import Constraints
+from allocator.errors import BitrankError, BudgetSyntaxError, InfeasibleError, PlanError, StrategyError
 from allocator.plan import Plan, PlanBudget, budget_bytes, describe_bytes, make_plan
 from allocator.strategies import Optimal, choice_bytes, choose, parse_strategy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from allocator.constraints import Constraints
-    from allocator.problem import Menu
+    from allocator.problem import Menu, Solution
     from profiler.calibration import Progress
     from profiler.evaluation import Fidelity
     from profiler.layers import LoadedModel
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from profiler.run import ProfileSettings
 
 EVALUATION_TOKENS = 32_768
+CONSTRAINED_SECONDS = 5.0
+"""Longest search under constraints before the best plan found is returned with its gap."""
 
 
 def home() -> Path:
@@ -89,21 +91,29 @@ def find_profile(plan: Plan, plan_path: Path, given: Path | None) -> Profile:
     )
 
 
-def plan_budget(profile: Profile, budget: str | None, strategy: str = "optimal") -> Plan:
-    """Plan one budget. A uniform strategy has a size of its own and needs no budget.
+def plan_budget(
+    profile: Profile,
+    budget: str | None,
+    strategy: str = "optimal",
+    constraints: Constraints | None = None,
+    target: str | None = None,
+) -> Plan:
+    """Plan one budget for a target runtime. A uniform strategy has a size of its own and needs no budget.
 
-    Raises `BudgetSyntaxError`, `InfeasibleError`, `BudgetAboveOriginalError`, `StrategyError`.
+    Raises what `check_planning` raises, `ConstraintError`, `InfeasibleError` and `BudgetAboveOriginalError`.
     """
-    from allocator.knapsack import solve
+    from allocator.targets import check_fused, target_named
 
-    menu, parsed = profile.menu, parse_strategy(strategy)
+    check_planning(budget, strategy, constraints is not None, target)
+    menu, parsed, required = profile.menu, parse_strategy(strategy), constraints
+    if target is not None:
+        runtime = target_named(target)
+        menu, required = runtime.restricted(menu), runtime.constrained(constraints or Constraints())
     if budget is None:
-        if isinstance(parsed, Optimal):
-            raise BudgetSyntaxError("a budget is missing; give --budget like 700MiB, 25% or 3.25bpw")
         total = choice_bytes(menu, choose(parsed, menu, menu.original_bytes))
         budget = f"{total}B"
-    total = budget_bytes(menu, parse_budget(budget))
-    bound = solve(menu.problem(total))
+    total = budget_bytes(menu, parse_budget(budget), required)
+    bound = optimum(menu, total, required)
     choice = bound.choice if isinstance(parsed, Optimal) else choose(parsed, menu, total)
     taken = choice_bytes(menu, choice)
     if taken > total:
@@ -112,6 +122,8 @@ def plan_budget(profile: Profile, budget: str | None, strategy: str = "optimal")
             f" raise it to {describe_bytes(menu, taken)}",
             taken,
         )
+    if target is not None:
+        check_fused(menu, choice, target, strategy)
     return make_plan(
         menu,
         choice,
@@ -121,7 +133,37 @@ def plan_budget(profile: Profile, budget: str | None, strategy: str = "optimal")
         bound=bound,
         strategy=strategy,
         interval_factors=profile.interval_factors,
+        target=target,
     )
+
+
+def check_planning(budget: str | None, strategy: str, constrained: bool, target: str | None) -> None:
+    """What can be wrong with a request to plan before any profile is looked at.
+
+    Raises `BudgetSyntaxError`, `StrategyError`, `TargetError`.
+    """
+    from allocator.targets import target_named
+
+    parsed = parse_strategy(strategy)
+    if budget is not None:
+        parse_budget(budget)
+    elif isinstance(parsed, Optimal):
+        raise BudgetSyntaxError("a budget is missing; give one like 700MiB, 25% or 3.25bpw")
+    if constrained and not isinstance(parsed, Optimal):
+        raise StrategyError("constraints go with the strategy optimal; leave one of them out")
+    if target is not None:
+        target_named(target)
+
+
+def optimum(menu: Menu, total_bytes: int, constraints: Constraints | None) -> Solution:
+    """The best choice, with its certificate, for a whole checkpoint of `total_bytes`."""
+    if constraints is None:
+        from allocator.knapsack import solve
+
+        return solve(menu.problem(total_bytes))
+    from allocator.allocation import allocate
+
+    return allocate(menu, total_bytes, constraints, time_limit_seconds=CONSTRAINED_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,11 +282,13 @@ def execute(
     model: str | None = None,
 ) -> None:
     """Carry out a plan made from `profile`. Raises `PlanError` when the model's weights are not the plan's."""
+    from allocator.targets import check_compressible
     from compressor.worker import compress
     from profiler.checkpoint import find_model, weights_sha256
     from profiler.layers import open_model
     from profiler.stream import block_works
 
+    check_compressible(plan.target)
     ref = find_model(model or plan.model.id)
     if weights_sha256(ref) != plan.model.weights_sha256:
         raise PlanError(
@@ -351,27 +395,4 @@ def evaluate_loaded(
         tokens_per_second=tokens_per_second(compressed),
         tensor_bytes=tensor_bytes(compressed.ref.path),
         samples=tuple(SamplePair(p, generate(original, p), generate(compressed, p)) for p in prompts),
-    )
-
-
-CONSTRAINED_SECONDS = 5.0
-"""Longest search under constraints before the best plan found is returned with its gap."""
-
-
-def plan_constrained(profile: Profile, budget: str, constraints: Constraints) -> Plan:
-    """The optimal plan under constraints. Raises `ConstraintError` and what `plan_budget` raises."""
-    from allocator.allocation import allocate
-
-    menu = profile.menu
-    total = budget_bytes(menu, parse_budget(budget))
-    found = allocate(menu, total, constraints, time_limit_seconds=CONSTRAINED_SECONDS)
-    return make_plan(
-        menu,
-        found.choice,
-        model=profile.document.model,
-        profile_sha256=profile.sha256,
-        budget=PlanBudget(text=budget, bytes=total),
-        bound=found,
-        strategy="optimal",
-        interval_factors=profile.interval_factors,
     )

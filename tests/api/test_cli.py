@@ -12,7 +12,7 @@ from command_line import CommandLine
 from road import Road
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("demo", "profile", "plan", "frontier", "curves", "compress", "evaluate")
+COMMANDS = ("demo", "profile", "plan", "frontier", "curves", "compress", "evaluate", "export")
 SERVICE_COMMANDS = ("serve", "worker", "batch", "jobs", "keys")
 HEAVY = {"torch", "transformers", "numpy", "scipy", "cvxpy", "pandas", "pyarrow", "fastapi"}
 
