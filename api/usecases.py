@@ -21,6 +21,7 @@ from allocator.constraints import Constraints
 from allocator.errors import BitrankError, BudgetSyntaxError, InfeasibleError, PlanError, StrategyError
 from allocator.plan import Plan, PlanBudget, budget_bytes, describe_bytes, make_plan
 from allocator.strategies import Optimal, choice_bytes, choose, parse_strategy
+from allocator.targets import check_compressible, check_fused, target_named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from profiler.profile import Profile
     from profiler.run import ProfileSettings
 
-EVALUATION_TOKENS = 32_768
 CONSTRAINED_SECONDS = 5.0
 """Longest search under constraints before the best plan found is returned with its gap."""
 
@@ -102,13 +102,10 @@ def plan_budget(
 
     Raises what `check_planning` raises, `ConstraintError`, `InfeasibleError` and `BudgetAboveOriginalError`.
     """
-    from allocator.targets import check_fused, target_named
-
     check_planning(budget, strategy, constraints is not None, target)
-    menu, parsed, required = profile.menu, parse_strategy(strategy), constraints
+    menu, parsed, required = menu_for(profile, target), parse_strategy(strategy), constraints
     if target is not None:
-        runtime = target_named(target)
-        menu, required = runtime.restricted(menu), runtime.constrained(constraints or Constraints())
+        required = target_named(target).constrained(constraints or Constraints())
     if budget is None:
         total = choice_bytes(menu, choose(parsed, menu, menu.original_bytes))
         budget = f"{total}B"
@@ -137,18 +134,21 @@ def plan_budget(
     )
 
 
+def menu_for(profile: Profile, target: str | None) -> Menu:
+    """What can be planned for a target: every measured option, or those that it executes at its own sizes."""
+    return profile.menu if target is None else target_named(target).restricted(profile.menu)
+
+
 def check_planning(budget: str | None, strategy: str, constrained: bool, target: str | None) -> None:
     """What can be wrong with a request to plan before any profile is looked at.
 
     Raises `BudgetSyntaxError`, `StrategyError`, `TargetError`.
     """
-    from allocator.targets import target_named
-
     parsed = parse_strategy(strategy)
     if budget is not None:
         parse_budget(budget)
     elif isinstance(parsed, Optimal):
-        raise BudgetSyntaxError("a budget is missing; give one like 700MiB, 25% or 3.25bpw")
+        raise BudgetSyntaxError("a budget is missing; give --budget like 700MiB, 25% or 3.25bpw")
     if constrained and not isinstance(parsed, Optimal):
         raise StrategyError("constraints go with the strategy optimal; leave one of them out")
     if target is not None:
@@ -282,7 +282,6 @@ def execute(
     model: str | None = None,
 ) -> None:
     """Carry out a plan made from `profile`. Raises `PlanError` when the model's weights are not the plan's."""
-    from allocator.targets import check_compressible
     from compressor.worker import compress
     from profiler.checkpoint import find_model, weights_sha256
     from profiler.layers import open_model

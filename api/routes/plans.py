@@ -123,8 +123,10 @@ def explain_plan(
     layer: Annotated[str, Query(min_length=1, max_length=200, description="Layers by glob.")] = "*",
 ) -> ExplanationAnswer:
     """Why layers got what they got: marginal nats per MiB against the shadow price, next better and worse option."""
+    from api.usecases import menu_for
+
     plan = service.plans.plan(plan_id)
-    return explain(plan_id, plan, service.profiles.load(plan.profile_sha256).menu, layer)
+    return explain(plan_id, plan, menu_for(service.profiles.load(plan.profile_sha256), plan.target), layer)
 
 
 @router.get(

@@ -106,6 +106,18 @@ def test_a_budget_that_the_target_makes_infeasible_names_the_smallest(client: ht
     assert client.post("/v1/plans", json=request | {"budget": f"{smallest - 1}B"}).status_code == 422
 
 
+def test_a_plan_for_llama_cpp_is_explained_at_its_sizes_and_not_compressed(client: httpx.Client) -> None:
+    """No row of this model is a whole block of 256, so all of it stays at 16 bits."""
+    made = client.post("/v1/plans", json={"model": "model", "budget": "100%", "target": "llama.cpp"})
+    plan_id = made.headers["location"].rpartition("/")[2]
+    layers = client.get(f"/v1/plans/{plan_id}/explain").json()["layers"]
+    assert {(layer["better"], layer["worse"]) for layer in layers} == {(None, None)}
+    for jobs in ("compressions", "evaluations"):
+        refused = client.post(f"/v1/{jobs}", json={"plan": plan_id})
+        assert refused.status_code == 422
+        assert "--format llama-quantize" in refused.json()["detail"]
+
+
 def test_constraints_and_target_go_with_a_model_that_is_profiled_first(client: httpx.Client) -> None:
     pins = [{"layers": "*.0.*", "bits": 8}]
     request = {"model": "demo", "budget": "4bpw", "target": "vllm", "constraints": {"pins": pins}}
