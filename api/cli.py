@@ -130,6 +130,9 @@ def profile(
     rank_group_sizes: Annotated[
         str | None, typer.Option(help="Group sizes to measure ranks at, 64 if absent; more are slow.")
     ] = None,
+    factor_bits: Annotated[
+        str, typer.Option(help="Bits of low-rank factors to measure; vLLM serves 16.")
+    ] = "4",
     device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
@@ -149,6 +152,7 @@ def profile(
         rank_group_sizes=None
         if rank_group_sizes is None
         else _numbers(rank_group_sizes, "--rank-group-sizes", {32, 64, 128}),
+        factor_bits=_numbers(factor_bits, "--factor-bits", {4, 8, 16}),
     )
     report = progress()
     made = profile_model(model, output, settings, report)

@@ -64,12 +64,13 @@ def export_weights(
     if json_output:
         document = {
             "format": format_name,
+            "reader": made.reader,
             "checkpoint": str(made.base),
             "tensor_bytes": made.base_bytes,
             "adapter": made.adapter and str(made.adapter),
             "adapter_bytes": made.adapter_bytes,
         }
         return print(json.dumps(document, indent=1))
-    print(f"{made.base}: {made.base_bytes:,} tensor bytes, loads with stock transformers and vLLM")
+    print(f"{made.base}: {made.base_bytes:,} tensor bytes, for {made.reader}")
     if made.adapter is not None:
-        print(f"{made.adapter}: {made.adapter_bytes:,} bytes of low-rank corrections, loads with peft")
+        print(f"{made.adapter}: {made.adapter_bytes:,} bytes of low-rank corrections, a PEFT adapter")

@@ -26,8 +26,9 @@ def plan_text(plan: Plan, format_name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ExportedCheckpoint:
-    """Where a checkpoint was written, and its bytes. `adapter` is None for a plan without ranks."""
+    """Where a checkpoint was written, its bytes and who reads it. `adapter` is None for a plan without ranks."""
 
+    reader: str
     base: Path
     base_bytes: int
     adapter: Path | None
@@ -48,10 +49,15 @@ def export_checkpoint(
         raise FormatError(
             f"format {format_name!r} holds no weights; leave --checkpoint out, or choose {TENSORS}"
         )
+    from allocator.export.compressed_tensors import layout_of
     from compressor.export import export
     from profiler.checkpoint import tensor_bytes
 
     adapter = export(plan, checkpoint, output, progress)
     return ExportedCheckpoint(
-        output, tensor_bytes(output), adapter, 0 if adapter is None else tensor_bytes(adapter)
+        reader=layout_of(plan).reader,
+        base=output,
+        base_bytes=tensor_bytes(output),
+        adapter=adapter,
+        adapter_bytes=0 if adapter is None else tensor_bytes(adapter),
     )

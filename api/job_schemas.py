@@ -83,6 +83,7 @@ class ProfileOptions(Request):
     bits: Annotated[tuple[int, ...], Field(min_length=1, max_length=16)] | None = None
     ranks: Annotated[tuple[int, ...], Field(min_length=1, max_length=32)] | None = None
     group_sizes: Annotated[tuple[int, ...], Field(min_length=1, max_length=8)] | None = None
+    factor_bits: Annotated[tuple[int, ...], Field(min_length=1, max_length=3)] | None = None
 
 
 class ProfileJob(Request):

@@ -144,6 +144,7 @@ class ProfileSettingsRequest(Request):
         Annotated[tuple[Annotated[int, Field(ge=0, le=4096)], ...], Field(min_length=1, max_length=16)] | None
     ) = None
     group_sizes: Annotated[tuple[Literal[32, 64, 128], ...], Field(min_length=1, max_length=3)] | None = None
+    factor_bits: Annotated[tuple[Literal[4, 8, 16], ...], Field(min_length=1, max_length=3)] | None = None
 
 
 class ProfileRequest(Request):

@@ -26,10 +26,11 @@ Schemes = Mapping[tuple[int, int], Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the weights of a group of layers are described, and whether their zero points are packed."""
+    """How the weights of a group of layers are described, whether their zero points are packed, and who reads that."""
 
     strategy: str
     packs_zero_points: bool
+    reader: str
 
     def weights(self, bits: int, group_size: int) -> dict[str, Any]:
         size = (
@@ -39,8 +40,8 @@ class Layout:
         return grid | {"strategy": self.strategy} | size
 
 
-GROUPED = Layout("group", packs_zero_points=True)
-BLOCKED = Layout("block", packs_zero_points=False)
+GROUPED = Layout("group", packs_zero_points=True, reader="vLLM")
+BLOCKED = Layout("block", packs_zero_points=False, reader="stock transformers")
 
 
 def layout_of(plan: Plan) -> Layout:

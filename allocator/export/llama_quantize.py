@@ -63,11 +63,11 @@ def tensor_types(plan: Plan) -> Iterator[tuple[str, str]]:
         names.setdefault(layer.bits, []).append(gguf_name(name))
     for bits, members in sorted(names.items()):
         for pattern in merged(members):
-            yield TYPES[bits].name, f"^{pattern}$"
+            yield TYPES[bits].name, rf"^{pattern}\.weight$"
 
 
 def gguf_name(name: str) -> str:
-    """`blk.3.ffn_up.weight` for `model.layers.3.mlp.up_proj`. Raises `ExportError` where there is no such name."""
+    """`blk.3.ffn_up` for `model.layers.3.mlp.up_proj`. Raises `ExportError` where there is no such name."""
     match = NUMBERED.fullmatch(name)
     if match is not None and not re.search(r"\bexperts?\b", match["tail"]):
         parts = match["tail"].split(".")
@@ -75,7 +75,7 @@ def gguf_name(name: str) -> str:
             (GGUF_NAMES[end] for end in (".".join(parts[-2:]), parts[-1]) if end in GGUF_NAMES), None
         )
         if known is not None:
-            return f"blk.{match['block']}.{known}.weight"
+            return f"blk.{match['block']}.{known}"
     raise ExportError(
         f"no GGUF name is known for {name}: llama.cpp stacks experts, and names other layers its own way; choose"
         " another format"

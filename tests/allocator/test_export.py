@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 from allocator.errors import ExportError, FormatError
 from allocator.export.formats import FORMATS, format_named
+from allocator.export.llama_quantize import gguf_name
 from allocator.export.pattern_overrides import pattern_overrides
 from allocator.export.patterns import merged
+from allocator.ggml import TYPES
 from allocator.plan import Plan, PlanBudget, PlanLayer, PlanModel
 from allocator.storage import KEEP, Option
 
@@ -258,17 +260,39 @@ def test_a_layer_without_a_gguf_name_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "gguf"),
+    ("architecture", "block", "projections"),
     [
-        ("transformer.h.3.attn.c_attn", "attn_qkv"),
-        ("transformer.h.3.attn.c_proj", "attn_output"),
-        ("transformer.h.3.mlp.c_proj", "ffn_down"),
-        ("gpt_neox.layers.3.attention.dense", "attn_output"),
-        ("model.layers.3.self_attn.qkv_proj", "attn_qkv"),
+        (
+            "LLAMA",
+            "model.layers.1",
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        ),
+        ("QWEN2", "model.layers.1", ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
+        ("PHI3", "model.layers.1", ("self_attn.qkv_proj", "mlp.gate_up_proj")),
+        ("PHI2", "model.layers.1", ("self_attn.dense", "mlp.fc1", "mlp.fc2")),
+        ("GPT2", "transformer.h.1", ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
+        (
+            "GPTNEOX",
+            "gpt_neox.layers.1",
+            ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h"),
+        ),
+        ("FALCON", "transformer.h.1", ("self_attention.query_key_value", "self_attention.dense")),
     ],
 )
-def test_other_architectures_have_their_gguf_names(name: str, gguf: str) -> None:
-    assert rf"'^blk\.3\.{gguf}\.weight$=q2_K'" in text("llama-quantize", {name: PLAIN[0]})
+def test_names_are_those_of_llama_cpp_itself(
+    architecture: str, block: str, projections: tuple[str, ...]
+) -> None:
+    gguf = pytest.importorskip("gguf", reason="llama.cpp's own package")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], 2)
+    for projection in projections:
+        assert gguf_name(f"{block}.{projection}") == names.get_name(f"{block}.{projection}")
+
+
+def test_types_are_those_of_llama_cpp_itself() -> None:
+    gguf = pytest.importorskip("gguf", reason="llama.cpp's own package")
+    for kind in TYPES.values():
+        size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.name.upper()]]
+        assert size == (kind.block, kind.block_bytes)
 
 
 # PEFT
