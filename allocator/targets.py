@@ -84,27 +84,20 @@ def _ggml_bytes(layer: LayerMenu, option: Option) -> int:
     return TYPES[option.bits].tensor_bytes(layer.rows, layer.columns)
 
 
+VLLM = Target(
+    bits=(4, 8),
+    group_sizes=(32, 64, 128),
+    factor_bits=(16,),
+    largest_rank=512,
+    row_multiple=64,
+    column_multiple=128,
+    whole_groups=True,
+    fuses=True,
+)
 TARGETS: dict[TargetName, Target] = {
     "transformers": Target(),
-    "vllm": Target(
-        bits=(4, 8),
-        group_sizes=(32, 64, 128),
-        factor_bits=(16,),
-        largest_rank=512,
-        row_multiple=64,
-        column_multiple=128,
-        whole_groups=True,
-        fuses=True,
-    ),
-    "llm-compressor": Target(
-        bits=(4, 8),
-        group_sizes=(32, 64, 128),
-        largest_rank=0,
-        row_multiple=64,
-        column_multiple=128,
-        whole_groups=True,
-        fuses=True,
-    ),
+    "vllm": VLLM,
+    "llm-compressor": replace(VLLM, largest_rank=0),
     "gptqmodel": Target(
         bits=(2, 3, 4, 8),
         group_sizes=(32, 64, 128),

@@ -40,10 +40,10 @@ def export(
 
 def export_text(plan_path: Path, format_name: str, output: Path | None, json_output: bool) -> None:
     from allocator.atomic import write_atomically
+    from allocator.export.formats import format_named
     from allocator.plan import load_plan
-    from api.exports import plan_text
 
-    text = plan_text(load_plan(plan_path), format_name)
+    text = format_named(format_name).write(load_plan(plan_path))
     if output is not None:
         write_atomically(output, text.encode())
     if json_output:

@@ -1,4 +1,7 @@
-"""The use-cases of exporting: a plan as another tool's file, a checkpoint in another runtime's format."""
+"""The use-case of exporting weights: a compressed checkpoint in another runtime's format.
+
+A plan alone is written by `allocator/export/formats.py`.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,6 @@ if TYPE_CHECKING:
 
 TENSORS = "compressed-tensors"
 """The format that a whole checkpoint can be exported in."""
-
-
-def plan_text(plan: Plan, format_name: str) -> str:
-    """The plan as another tool's file. Raises `FormatError` for an unknown format, `ExportError` for a plan that it
-    cannot hold."""
-    from allocator.export.formats import format_named
-
-    return format_named(format_name).write(plan)
 
 
 @dataclass(frozen=True, slots=True)
