@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -42,6 +41,7 @@ from compressor.worker import (
     WorkError,
     check_output,
     finish,
+    is_finished,
     plan_digest,
     put_in_place,
     with_metadata,
@@ -93,18 +93,19 @@ def export(
 
 
 def plan_shards(plan: Plan, checkpoint: Path) -> list[str]:
-    """File names of the checkpoint's shards. Raises `WorkError` unless every one was made from `plan`."""
-    index = checkpoint / INDEX
-    if not index.exists():
-        raise WorkError(f"{checkpoint} has no {INDEX}; give a directory that `bitrank compress` wrote")
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    """File names of the checkpoint's shards. Raises `WorkError` unless every one is whole and made from `plan`."""
+    try:
+        shards = sorted(set(json.loads((checkpoint / INDEX).read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WorkError(
+            f"{checkpoint} has no readable {INDEX}; give a directory that `bitrank compress` wrote"
+        ) from error
     for shard in shards:
-        with safe_open(checkpoint / shard, framework="pt") as tensors:
-            if (tensors.metadata() or {}).get("plan_sha256") != plan_digest(plan):
-                raise WorkError(
-                    f"{checkpoint / shard} was not made from this plan; give the checkpoint that"
-                    " `bitrank compress` made from it"
-                )
+        if not is_finished(checkpoint / shard, plan_digest(plan)):
+            raise WorkError(
+                f"{checkpoint / shard} is missing, damaged or was not made from this plan; give the checkpoint that"
+                " `bitrank compress` made from it"
+            )
     return shards
 
 

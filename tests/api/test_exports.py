@@ -267,7 +267,7 @@ def test_exporting_weights_needs_a_format_with_weights_and_an_output(
 def test_a_checkpoint_of_another_plan_is_not_exported(bitrank: CommandLine, road: Road) -> None:
     assert bitrank("plan", road.profile, "--budget", "4bpw").code == 0
     arguments = ("export", "plan.json", "--format", "compressed-tensors", "--checkpoint", road.checkpoint)
-    said(bitrank(*arguments, "-o", "out"), 1, "was not made from this plan")
+    said(bitrank(*arguments, "-o", "out"), 1, "not made from this plan")
     assert not (bitrank.folder / "out").exists()
 
 

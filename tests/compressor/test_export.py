@@ -295,10 +295,25 @@ def test_the_same_checkpoint_gives_the_same_bytes(mixed: Compressed) -> None:
 
 def test_a_checkpoint_of_another_plan_is_refused(mixed: Compressed) -> None:
     other = mixed.plan.model_copy(update={"strategy": "uniform:3"})
-    with pytest.raises(WorkError, match="was not made from this plan; give the checkpoint"):
+    with pytest.raises(WorkError, match="not made from this plan; give the checkpoint"):
         export(other, mixed.checkpoint, mixed.folder / "other", lambda *_: None)
     assert not (mixed.folder / "other").exists()
     assert not (mixed.folder / "other.partial").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "index"])
+def test_a_damaged_checkpoint_is_named(mixed: Compressed, tmp_path: Path, damage: str) -> None:
+    checkpoint = shutil.copytree(mixed.checkpoint, tmp_path / "checkpoint")
+    shard = checkpoint / "model-00002-of-00003.safetensors"
+    if damage == "index":
+        (checkpoint / "model.safetensors.index.json").write_text("[]")
+    elif damage == "remove":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(WorkError, match="index.json" if damage == "index" else "model-00002.*damaged"):
+        export(mixed.plan, checkpoint, tmp_path / "out", lambda *_: None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_directory_without_a_checkpoint_is_refused(mixed: Compressed, tmp_path: Path) -> None:
