@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from allocator.atomic import write_atomically
 from allocator.budget import Budget
+from allocator.constraints import Constraints, relief, smallest_constrained_bytes
 from allocator.errors import BudgetAboveOriginalError, InfeasibleError, PlanError
 from allocator.knapsack import solve
 from allocator.problem import Integers, LayerMenu, Menu, Solution
@@ -123,14 +124,15 @@ class _Version(BaseModel):
     schema_version: int
 
 
-def budget_bytes(menu: Menu, budget: Budget) -> int:
+def budget_bytes(menu: Menu, budget: Budget, constraints: Constraints | None = None) -> int:
     """Bytes of the whole checkpoint; raises when the budget cannot be met or asks for nothing."""
     total = budget.total_bytes(menu.original_bytes, menu.kept_bytes, menu.compressible_weights)
-    smallest = menu.smallest_bytes
+    smallest = menu.smallest_bytes if constraints is None else smallest_constrained_bytes(menu, constraints)
     if total < smallest:
+        advice = "raise the budget" if constraints is None else relief(menu, constraints, smallest)
         raise InfeasibleError(
             f"budget {budget.text} is {total:,} bytes, but the smallest feasible plan takes {smallest:,} bytes"
-            f" ({describe_bytes(menu, smallest)}); raise the budget",
+            f" ({describe_bytes(menu, smallest)}); {advice}",
             smallest,
         )
     if total > menu.original_bytes:

@@ -23,7 +23,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocator.errors import BitrankError, BudgetSyntaxError, StrategyError
+from allocator.errors import BitrankError
 from api.catalogue import Catalogue
 from api.database import Database, EvaluationRow
 from api.job_schemas import EvaluationJob, JobProgress, PlanJob, ProfileJob, ProfileOptions
@@ -315,17 +315,12 @@ def profile_settings(job: ProfileJob, device: str) -> ProfileSettings:
 
 
 def planned(job: PlanJob, profile: Profile) -> Plan:
-    """The plan of one budget under the job's strategy or constraints. Raises the allocator's errors."""
+    """The plan of one budget, as the job asks for it. Raises the allocator's errors."""
     from api.schemas import PlanConstraints
-    from api.usecases import plan_budget, plan_constrained
+    from api.usecases import plan_budget
 
-    if job.constraints is None:
-        return plan_budget(profile, job.budget, job.strategy)
-    if job.strategy != "optimal":
-        raise StrategyError("constraints go with the strategy optimal; leave one of them out")
-    if job.budget is None:
-        raise BudgetSyntaxError("a budget is missing; give one like 700MiB, 25% or 3.25bpw")
-    return plan_constrained(profile, job.budget, PlanConstraints.model_validate(job.constraints).rules())
+    constraints = None if job.constraints is None else PlanConstraints.model_validate(job.constraints).rules()
+    return plan_budget(profile, job.budget, job.strategy, constraints, job.target)
 
 
 @contextmanager

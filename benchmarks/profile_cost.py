@@ -21,7 +21,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import compressor.decompose as decompose
-from api.cli import peak_memory_bytes, progress
+from api.cli import peak_memory_bytes
+from api.progress import progress
 from profiler.checkpoint import find_model
 from profiler.run import DEFAULT_TOKENS, ProfileSettings, build_profile
 

@@ -17,7 +17,7 @@ import torch
 from allocator.plan import Plan
 from allocator.strategies import interpolated_uniform_cost
 from api import usecases
-from api.cli import progress
+from api.progress import progress
 from profiler.calibration import text_tokens
 from profiler.checkpoint import find_model
 from profiler.evaluation import measure, stored_logits

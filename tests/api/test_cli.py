@@ -12,7 +12,7 @@ from command_line import CommandLine
 from road import Road
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("demo", "profile", "plan", "frontier", "curves", "compress", "evaluate")
+COMMANDS = ("demo", "profile", "plan", "frontier", "curves", "compress", "evaluate", "export")
 SERVICE_COMMANDS = ("serve", "worker", "batch", "jobs", "keys")
 HEAVY = {"torch", "transformers", "numpy", "scipy", "cvxpy", "pandas", "pyarrow", "fastapi"}
 
@@ -74,6 +74,17 @@ def test_profile_reports_what_it_measured(bitrank: CommandLine, road: Road) -> N
     assert report["measurements"] == 14 * (3 * 2 + 3)
     assert report["worst_r_squared"] > 0.9
     assert {file: file.stat().st_mtime_ns for file in road.profile.iterdir()} == before
+
+
+def test_factor_bits_are_measured_on_request(bitrank: CommandLine, road: Road) -> None:
+    arguments = ("profile", road.model, "-o", "out", "--tokens", "192", "--bits", "4", "--ranks", "0,4")
+    report = answer(bitrank, *arguments, "--group-sizes", "64", "--factor-bits", "4,16")
+    assert report["measurements"] == 14 * (1 + 2)
+    plan = answer(bitrank, "plan", "out", "--strategy", "uniform:4:r4")
+    assert {layer["factor_bits"] for layer in plan["layers"].values()} == {4}
+    outcome = bitrank("profile", road.model, "-o", "other", "--factor-bits", "3")
+    assert outcome.code == 2
+    assert "choose from [4, 8, 16]" in outcome.stderr
 
 
 def test_progress_goes_to_stderr(bitrank: CommandLine, road: Road) -> None:
