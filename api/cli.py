@@ -21,6 +21,7 @@ from api.progress import ProgressLine, progress
 
 if TYPE_CHECKING:
     from allocator.plan import Plan
+    from allocator.verification import Verification
 
 app = typer.Typer(
     name="bitrank",
@@ -191,15 +192,22 @@ def plan(
     server: Annotated[
         str | None, typer.Option(help="Have a service plan, profiling first if need be; key in BITRANK_KEY.")
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Measure the plan beside uniform at the same bytes; takes minutes."),
+    ] = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Plan file to write.")] = Path("plan.json"),
+    device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
     """Decide every layer's bits and rank for one budget, with a certificate."""
     if server is None:
-        made, size = _planned_here(Path(profile), budget, strategy, target)
+        made, size = _planned_here(Path(profile), budget, strategy, target, verify, device)
     else:
-        made, size = _planned_there(server, profile, budget, strategy, target), ""
+        made, size = _planned_there(server, profile, budget, strategy, target, verify), ""
     made.save(output)
+    if made.verification is not None and made.verification.verdict == "worse":
+        print(f"bitrank: {describe_verification(made.verification)}", file=sys.stderr)
     if json_output:
         return print(made.model_dump_json(indent=1))
     low, high = made.predicted_kl_interval
@@ -207,6 +215,8 @@ def plan(
     print(f"predicted KL {made.predicted_kl:.4f} nats/token (90 % interval {low:.4f} to {high:.4f})")
     print(f"no plan from these options loses less than {made.lower_bound:.4f} (gap {made.gap:.2g})")
     print(f"one more MiB saves {made.shadow_price:.4g} nats/token")
+    if made.verification is not None:
+        print(describe_verification(made.verification))
     counts: dict[str, int] = {}
     for layer in made.layers.values():
         key = f"{layer.bits} bits" + (f" + rank {layer.rank}" if layer.rank else "")
@@ -214,18 +224,35 @@ def plan(
     print(", ".join(f"{count} layers at {key}" for key, count in sorted(counts.items())))
 
 
-def _planned_here(profile: Path, budget: str | None, strategy: str, target: str | None) -> tuple[Plan, str]:
+def describe_verification(found: Verification) -> str:
+    """What was measured, in one sentence."""
+    measured = f"measured KL {found.measured_kl:.4f} ± {found.standard_error:.4f} nats/token"
+    if found.uniform_kl is None:
+        return f"{measured}; there is no uniform plan on both sides of these bytes to compare with"
+    beside = f"uniform at the same bytes {found.uniform_kl:.4f}"
+    if found.verdict == "worse":
+        return f"{measured}, {beside}: this plan loses; take a uniform one, or profile with more text"
+    return f"{measured}, {beside}: {found.verdict}" + (", after a swap" if found.swapped else "")
+
+
+def _planned_here(
+    profile: Path, budget: str | None, strategy: str, target: str | None, verify: bool, device: str
+) -> tuple[Plan, str]:
     """The plan, and how its size is told in bits per weight."""
-    from api.usecases import bits_per_weight, check_planning, plan_budget
+    from api.usecases import bits_per_weight, check_planning, plan_budget, verify_plan
     from profiler.profile import load_profile
 
     check_planning(budget, strategy, False, target)
     loaded = load_profile(profile)
     made = plan_budget(loaded, budget, strategy, target=target)
+    if verify:
+        made = verify_plan(made, loaded, progress(), device)
     return made, f", {bits_per_weight(loaded.menu, made.total_bytes):.3f} bpw"
 
 
-def _planned_there(server: str, model: str, budget: str | None, strategy: str, target: str | None) -> Plan:
+def _planned_there(
+    server: str, model: str, budget: str | None, strategy: str, target: str | None, verify: bool
+) -> Plan:
     import os
 
     from api.client import plan_on_server
@@ -233,7 +260,7 @@ def _planned_there(server: str, model: str, budget: str | None, strategy: str, t
 
     check_planning(budget, strategy, False, target)
     key = os.environ.get("BITRANK_KEY")
-    return plan_on_server(server, key, model, budget, strategy, ProgressLine(), target)
+    return plan_on_server(server, key, model, budget, strategy, ProgressLine(), target, verify)
 
 
 @app.command()

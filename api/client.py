@@ -67,14 +67,16 @@ class Client:
         strategy: str = "optimal",
         constraints: dict[str, Any] | None = None,
         target: str | None = None,
+        verify: bool = False,
     ) -> Plan | JobRecord:
-        """The plan, or the job that profiles the model and then plans."""
+        """The plan, or the job that profiles the model, plans, and measures the plan if that is asked for."""
         wanted = {
             "model": model,
             "budget": budget,
             "strategy": strategy,
             "constraints": constraints,
             "target": target,
+            "verify": verify or None,
         }
         answer = self._post("/v1/plans", {k: v for k, v in wanted.items() if v is not None})
         return _read(JobRecord, answer) if answer.status_code == 202 else _read(Plan, answer)
@@ -180,13 +182,14 @@ def plan_on_server(
     strategy: str,
     progress: Progress,
     target: str | None = None,
+    verify: bool = False,
 ) -> Plan:
     """A plan from a remote service, profiled there first if need be. What `bitrank plan --server` calls.
 
     Raises `InfeasibleError`, `BudgetSyntaxError`, `StrategyError` as planning here does, else `ServiceError`.
     """
     with Client(url, key) as client:
-        answer = client.plan(model, budget, strategy, target=target)
+        answer = client.plan(model, budget, strategy, target=target, verify=verify)
         if isinstance(answer, Plan):
             return answer
         job = client.wait(answer.id, progress)

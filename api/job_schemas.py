@@ -95,7 +95,7 @@ class ProfileJob(Request):
 
 
 class PlanJob(ProfileJob):
-    """Profile the model if that is not done yet, then plan; `verify` carries the plan out and measures it."""
+    """Profile the model if that is not done yet, then plan; `verify` measures the plan beside uniform."""
 
     budget: str | None = None
     strategy: str = "optimal"

@@ -132,6 +132,9 @@ class PlanRequest(Request):
     strategy: StrategyText = "optimal"
     constraints: PlanConstraints | None = None
     target: Target | None = None
+    verify: Annotated[
+        bool, Field(description="Measure the plan beside uniform at the same bytes; always a job.")
+    ] = False
 
 
 class ProfileSettingsRequest(Request):

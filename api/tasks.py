@@ -107,6 +107,7 @@ class Tasks:
             "finish": self.finish,
             "plan": self.plan,
             "compress": self.compress,
+            "verify": self.verify,
             "evaluate": self.evaluate,
         }
         return tasks[name](request, report)
@@ -190,6 +191,20 @@ class Tasks:
             return {"error": problem_of(error).document()}
         plan_id, _ = self._plans.save(made, request.get("owner"))
         return {"profile_id": profile.sha256, "plan_id": plan_id}
+
+    def verify(self, request: Json, report: Reporter) -> Json:
+        """A stored plan measured beside uniform: the id of the plan that says so, and what was measured."""
+        from api.usecases import verify_plan
+
+        plan = self._plans.plan(request["plan"])
+        profile = self._profiles.load(plan.profile_sha256)
+        try:
+            found = verify_plan(plan, profile, report, self._executor.device, request["constrained"])
+        except BitrankError as error:
+            return {"error": problem_of(error).document()}
+        plan_id, _ = self._plans.save(found, request.get("owner"))
+        assert found.verification is not None
+        return {"plan_id": plan_id, "verification": found.verification.model_dump(mode="json")}
 
     def compress(self, request: Json, report: Reporter) -> Json:
         """The checkpoint of a stored plan, unless it is there."""

@@ -279,9 +279,20 @@ def execute(
 ) -> None:
     """Carry out a plan made from `profile`. Raises `PlanError` when the model's weights are not the plan's."""
     from compressor.worker import compress
+    from profiler.stream import block_works
+
+    loaded = original_of(plan, device, model)
+    kept = {name: tensor.cpu() for name, tensor in loaded.kept_tensors()}
+    output = output.resolve()
+    with scratch(output.with_name(f".{output.name}.activations")) as folder:
+        blocks = block_works(loaded, profile.calibration_tokens(), folder)
+        compress(plan, blocks, kept, loaded.ref.path, output, progress, len(loaded.block_names))
+
+
+def original_of(plan: Plan, device: str, model: str | None) -> LoadedModel:
+    """The model a plan is for. Raises `PlanError` when the weights found are others, `TargetError`."""
     from profiler.checkpoint import find_model, weights_sha256
     from profiler.layers import open_model
-    from profiler.stream import block_works
 
     check_compressible(plan.target)
     ref = find_model(model or plan.model.id)
@@ -289,12 +300,25 @@ def execute(
         raise PlanError(
             f"the weights of {ref.id} are not those the plan was made for; profile this model and plan again"
         )
-    loaded = open_model(ref, device)
-    kept = {name: tensor.cpu() for name, tensor in loaded.kept_tensors()}
-    output = output.resolve()
-    with scratch(output.with_name(f".{output.name}.activations")) as folder:
-        blocks = block_works(loaded, profile.calibration_tokens(), folder)
-        compress(plan, blocks, kept, ref.path, output, progress, len(loaded.block_names))
+    return open_model(ref, device)
+
+
+def verify_plan(
+    plan: Plan, profile: Profile, progress: Progress, device: str = "cpu", constrained: bool = False
+) -> Plan:
+    """The plan measured beside uniform at the same bytes, on windows held back from the statistics.
+
+    An optimal plan gives way to a neighbour that measures better, unless a target or constraints bind it. Whether it
+    lost to uniform is in its `verification`. Raises `PlanError`, `TargetError`.
+    """
+    from tempfile import TemporaryDirectory
+
+    from profiler.gate import SWAPS, verified
+
+    free = plan.strategy == "optimal" and plan.target is None and not constrained
+    loaded = original_of(plan, device, None)
+    with TemporaryDirectory(prefix="bitrank-verify-") as folder:
+        return verified(loaded, profile, plan, Path(folder), progress, SWAPS if free else 0)
 
 
 @contextmanager

@@ -122,8 +122,15 @@ def plan_job(job_id: str, started: Json) -> Json:
         raise TaskFailed(outcome["error"])
     if not job.verify:
         return dict(outcome)
-    measured = evaluated(job_id, EvaluationJob(plan=outcome["plan_id"]))
-    return {**outcome, "evaluation": measured}
+    measuring = {
+        "plan": outcome["plan_id"],
+        "constrained": job.constraints is not None,
+        "owner": started["owner"],
+    }
+    measured = task(job_id, job_id, "verify", measuring, None)
+    if "error" in measured:
+        raise TaskFailed(measured["error"])
+    return {**outcome, **measured}
 
 
 def batch_job(job_id: str, started: Json) -> Json:
@@ -180,10 +187,7 @@ def compression_job(job_id: str, started: Json) -> Json:
 
 
 def evaluation_job(job_id: str, started: Json) -> Json:
-    return evaluated(job_id, EvaluationJob.model_validate(started["request"]))
-
-
-def evaluated(job_id: str, job: EvaluationJob) -> Json:
+    job = EvaluationJob.model_validate(started["request"])
     task(job_id, job_id, "compress", {"plan": job.plan}, None)
     request = {"job": job.model_dump(), "evaluation_id": job_id}
     return task(job_id, job_id, "evaluate", request, None)

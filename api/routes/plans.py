@@ -28,6 +28,7 @@ EXAMPLES = {
     "a quarter of the original": {"value": {"model": "demo", "budget": "25%"}},
     "for vLLM": {"value": {"model": "demo", "budget": "90%", "target": "vllm"}},
     "uniform": {"value": {"model": "demo", "strategy": "uniform:3"}},
+    "measured before it is relied on": {"value": {"model": "demo", "budget": "3.25bpw", "verify": True}},
     "constrained": {
         "value": {
             "model": "demo",
@@ -73,14 +74,15 @@ MADE: dict[int | str, dict[str, Any]] = {
 def make_plan(
     request: Annotated[PlanRequest, Body(openapi_examples=EXAMPLES)], service: ServiceOf, owner: Planner
 ) -> Response:
-    """Plan one budget from the newest profile of a model: 201. A model without one is profiled first: 202."""
+    """Plan one budget from the newest profile of a model: 201. What takes a worker is a job, 202: a model without a
+    profile is measured first, and a plan to verify afterwards."""
     profile_id = service.profiles.find(request.model)
-    if profile_id is None:
-        return _profiled_first(service, request, owner)
+    if profile_id is None or request.verify:
+        return _as_job(service, request, owner)
     return _planned(service, profile_id, request, owner)
 
 
-def _profiled_first(service: Service, request: PlanRequest, owner: Principal) -> Response:
+def _as_job(service: Service, request: PlanRequest, owner: Principal) -> Response:
     from api.usecases import check_planning
 
     service.catalogue.resolve(request.model)

@@ -230,3 +230,15 @@ def test_compress_is_told_where_a_model_that_moved_is(
     here = ("compress", tmp_path / "plan.json", "--profile", road.profile, "-o", tmp_path / "small")
     assert bitrank(*here).code == 1
     assert bitrank(*here, "--model", moved).code == 0
+
+
+def test_plan_verify_says_on_one_line_what_was_measured(
+    bitrank: CommandLine, road: Road, tmp_path: Path
+) -> None:
+    outcome = bitrank("plan", road.profile, "--budget", "2.8bpw", "--verify", "-o", tmp_path / "plan.json")
+    assert outcome.code == 0, outcome.stderr
+    verification = json.loads((tmp_path / "plan.json").read_text())["verification"]
+    (line,) = [line for line in outcome.stdout.splitlines() if line.startswith("measured KL")]
+    assert f"{verification['measured_kl']:.4f}" in line and f"{verification['uniform_kl']:.4f}" in line
+    assert ("this plan loses" in outcome.stderr) == (verification["verdict"] == "worse")
+    assert not list(tmp_path.glob("bitrank-verify-*"))
