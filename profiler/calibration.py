@@ -25,11 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from allocator.errors import BitrankError
-from profiler.layers import Layer, LoadedModel
+from profiler.layers import Layer, LoadedModel, check_finite
 
 LINES_TOKENIZED = 1000
 TOKENS_DRAWN = 128
 """Positions whose next tokens are drawn at once; drawing holds several copies of their probabilities."""
+MOST_UNKNOWN = 0.5
+"""A text with a larger share of unknown tokens is refused."""
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, the steps done and the steps in all."""
 
@@ -64,6 +66,7 @@ def windows(loaded: LoadedModel, text: str, count: int, source: str) -> Tensor:
         raise CalibrationError(
             f"{source} has {len(tokens)} tokens; give at least {loaded.window}, one window"
         )
+    check_known(loaded, tokens, source)
     vocabulary = loaded.model.config.get_text_config().vocab_size
     if int(tokens.max()) >= vocabulary:
         raise CalibrationError(
@@ -87,6 +90,32 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(tokens, dtype=torch.int64)
 
 
+def check_windows(tokens_NT: Tensor) -> None:
+    """Raise `CalibrationError` unless there are windows to resample."""
+    if len(tokens_NT) < 2:
+        raise CalibrationError(
+            f"the text to measure on is one window of {tokens_NT.shape[1]} tokens, and an interval needs two at least;"
+            " give more text or more --tokens"
+        )
+
+
+def check_known(loaded: LoadedModel, tokens_n: Tensor, source: str) -> None:
+    """Raise `CalibrationError` for a text that the tokenizer does not know: mostly unknown tokens, or one alone."""
+    unknown = getattr(loaded.tokenizer, "unk_token_id", None)
+    if unknown is not None:
+        share = (tokens_n == unknown).float().mean().item()
+        if share > MOST_UNKNOWN:
+            raise CalibrationError(
+                f"{share:.0%} of the tokens of {source} are unknown to the tokenizer of {loaded.ref.id};"
+                " give text in a language and script that the model was trained on"
+            )
+    if (tokens_n == tokens_n[0]).all():
+        raise CalibrationError(
+            f"{source} is one token repeated {len(tokens_n)} times under the tokenizer of {loaded.ref.id};"
+            " give text that the model was trained on"
+        )
+
+
 @torch.inference_mode()
 def sample_tokens(loaded: LoadedModel, count: int, seed: int, progress: Progress = silent) -> Tensor:
     """int64 (N, T) drawn from the model itself at temperature 1, the same for the same seed and machine.
@@ -108,6 +137,7 @@ def sample_tokens(loaded: LoadedModel, count: int, seed: int, progress: Progress
         for _ in range(loaded.window - 1):
             output = loaded.model(token_N1, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
+            check_finite(loaded.model, output.logits)
             probability_NV = output.logits[:, -1].float().softmax(-1)
             token_N1 = torch.multinomial(probability_NV, 1, generator=generator)
             drawn.append(token_N1)
@@ -251,6 +281,7 @@ def _output_gradient(loaded: LoadedModel, batch_NT: Tensor, generator: torch.Gen
         logits_NTV = loaded.model(batch_NT, use_cache=False).logits.float()
     finally:
         handle.remove()
+    check_finite(loaded.model, logits_NTV)
     by_logits_nV = logits_NTV.detach().flatten(0, 1)
     by_logits_nV.sub_(by_logits_nV.amax(-1, keepdim=True)).exp_()
     by_logits_nV.div_(by_logits_nV.sum(-1, keepdim=True))

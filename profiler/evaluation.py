@@ -15,9 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from profiler.calibration import Progress, silent
-from profiler.layers import LoadedModel
+from profiler.layers import LoadedModel, check_finite
 
 BATCH = 1
 COMPARED = 128
@@ -42,14 +43,20 @@ Reference = Callable[[int, Tensor], Tensor]
 """The original model's logits (N, T, V) for the windows that start at an index."""
 
 
-def live_logits(reference: nn.Module) -> Reference:
-    """Logits computed when asked for."""
+def live_logits(reference: PreTrainedModel) -> Reference:
+    """Logits computed when asked for. Asking raises `ModelError` where they are NaN or infinite."""
     device = next(reference.parameters()).device
-    return lambda first, batch_NT: reference(batch_NT.to(device), use_cache=False).logits.float()
+
+    def compute(first: int, batch_NT: Tensor) -> Tensor:
+        logits_NTV = reference(batch_NT.to(device), use_cache=False).logits.float()
+        check_finite(reference, logits_NTV)
+        return logits_NTV
+
+    return compute
 
 
 @torch.inference_mode()
-def stored_logits(reference: nn.Module, tokens_NT: Tensor, path: Path) -> Reference:
+def stored_logits(reference: PreTrainedModel, tokens_NT: Tensor, path: Path) -> Reference:
     """Logits computed now and kept in a file, for when the model itself is about to change."""
     live = live_logits(reference)
     with path.open("wb") as file:
@@ -111,10 +118,25 @@ def _compared(logits_TV: Tensor, reference_TV: Tensor, target_T: Tensor) -> Tens
     log_q, log_p = logits_TV.log_softmax(-1), reference_TV.log_softmax(-1)
     nll = -log_q.gather(-1, target_T[:, None])[:, 0]
     reference_nll = -log_p.gather(-1, target_T[:, None])[:, 0]
-    kl = (log_p.exp() * log_p.sub_(log_q)).sum(-1)
+    kl = divergence(log_p, log_q)
     cosine = F.cosine_similarity(logits_TV, reference_TV, dim=-1)
     same = (logits_TV.argmax(-1) == reference_TV.argmax(-1)).float()
     return torch.stack([kl, nll, reference_nll, cosine, same], dim=-1)
+
+
+def divergence(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
+    """KL(p ‖ q) in nats at every position (T,). Overwrites log p."""
+    return (log_p_TV.exp() * log_p_TV.sub_(log_q_TV)).sum(-1)
+
+
+@torch.inference_mode()
+def window_divergences(logits_NTV: Tensor, reference_NTV: Tensor) -> Tensor:
+    """(N,): KL(reference ‖ logits) in nats/token of every window, over the positions that `measure` counts."""
+    means = []
+    for q_TV, p_TV in zip(logits_NTV, reference_NTV, strict=True):
+        pieces = zip(p_TV[:-1].split(COMPARED), q_TV[:-1].split(COMPARED), strict=True)
+        means.append(torch.cat([divergence(p.log_softmax(-1), q.log_softmax(-1)) for p, q in pieces]).mean())
+    return torch.stack(means)
 
 
 @torch.inference_mode()

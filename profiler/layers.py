@@ -238,6 +238,16 @@ def check_weights(ref: ModelRef, missing: list[str], mismatched: list[Any]) -> N
         )
 
 
+def check_finite(model: PreTrainedModel, tensor: Tensor, what: str = "logits") -> None:
+    """Raise `ModelError` when a model's logits, or whatever `what` names, hold a NaN or an infinity."""
+    if not torch.isfinite(tensor).all():
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"the {what} of {model.name_or_path or type(model).__name__} are NaN or infinite in {dtype};"
+            " its weights overflow, so copy or train the model again"
+        )
+
+
 def load_tokenizer(ref: ModelRef) -> Any | None:
     """The model's tokenizer, or None where the directory has none (then calibration must be sampled)."""
     try:

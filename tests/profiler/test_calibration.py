@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,22 @@ def test_a_missing_text_and_a_missing_tokenizer_are_refused(
         text_tokens(demo, tmp_path / "absent", 1000)
     with pytest.raises(CalibrationError, match="has no tokenizer"):
         text_tokens(tiny_llama, tmp_path / "absent", 1000)
+
+
+def test_a_text_of_unknown_tokens_is_refused(tiny_llama: LoadedModel) -> None:
+    """A tokenizer of Latin words reads Greek as nothing but unknown tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "arma": 1, "virumque": 2, "cano": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    latin = replace(tiny_llama, tokenizer=tokenizer)
+    assert len(windows(latin, "arma virumque cano " * 100, 128, "Virgil")) == 2
+    with pytest.raises(CalibrationError, match="100% of the tokens of Homer are unknown"):
+        windows(latin, "μῆνιν ἄειδε θεά " * 100, 128, "Homer")
+
+
+def test_one_token_over_and_over_is_refused(demo: LoadedModel) -> None:
+    with pytest.raises(CalibrationError, match="one token repeated"):
+        windows(demo, "\x00" * 3000, 1024, "zeros")
