@@ -43,6 +43,8 @@ from profiler.calibration import (
     tokens_sha256,
 )
 from profiler.checkpoint import DEMO, DEMO_PATH, ModelRef, check_uncompressed, weights_sha256
+from profiler.companion import FidelityDocument, SpectrumDocument
+from profiler.dossier import write_dossier
 from profiler.error_model import fit_error_model
 from profiler.gain import Probe, calibrate
 from profiler.layers import Layer, LoadedModel, load_model, open_model
@@ -220,9 +222,10 @@ def finish_profile(run: ProfileRun, progress: Progress) -> Profile:
     kept = {name: t.numel() * t.element_size() for name, t in loaded.kept_tensors()}
     probes = probe(loaded, run.probe_tokens, sweeps, run.work, progress)
     table = measurements_table(sweeps)
+    model = PlanModel(id=loaded.ref.id, revision=loaded.ref.revision, weights_sha256=run.weights)
     document = ProfileDocument(
         schema_version=SCHEMA_VERSION,
-        model=PlanModel(id=loaded.ref.id, revision=loaded.ref.revision, weights_sha256=run.weights),
+        model=model,
         architecture=type(loaded.model).__name__,
         storage_dtype=str(loaded.storage_dtype).removeprefix("torch."),
         calibration=CalibrationRecord(
@@ -248,6 +251,7 @@ def finish_profile(run: ProfileRun, progress: Progress) -> Profile:
         gain=calibrate(probes),
     )
     output = run.output
+    write_dossier(loaded, model, run.probe_tokens, run.given[1], run.work, output, progress)
     write_atomically(output / "calibration.safetensors", save({"tokens": tokens_NT.int()}))
     write_atomically(output / "measurements.parquet", table)
     write_atomically(output / "profile.json", (document.model_dump_json(indent=1) + "\n").encode())
@@ -311,7 +315,14 @@ def prepare(output: Path, request: str) -> Path:
     return work
 
 
-_UNFINISHED = {".work", "request.json", "calibration.safetensors", "measurements.parquet"}
+_UNFINISHED = {
+    ".work",
+    "request.json",
+    "calibration.safetensors",
+    "measurements.parquet",
+    FidelityDocument.file_name,
+    SpectrumDocument.file_name,
+}
 
 
 def given_tokens(loaded: LoadedModel, settings: ProfileSettings) -> tuple[Tensor | None, str]:

@@ -166,8 +166,13 @@ def test_foreign_files_are_left_alone(llama: Path, tmp_path: Path) -> None:
 
 def test_a_finished_profile_has_no_work_left_in_it(profiled: Path) -> None:
     assert sorted(file.name for file in profiled.iterdir()) == [
-        "calibration.safetensors", "measurements.parquet", "profile.json", "request.json"
-    ]  # fmt: skip
+        "calibration.safetensors",
+        "fidelity.json",
+        "measurements.parquet",
+        "profile.json",
+        "request.json",
+        "spectrum.json",
+    ]
 
 
 def test_a_menu_offers_every_measured_option_and_keeping_and_adds_up_to_the_original(
