@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from api import export_cli, job_cli, service_cli
+from api import export_cli, job_cli, service_cli, study_cli
 from api.progress import ProgressLine, progress
 
 if TYPE_CHECKING:
@@ -368,6 +368,7 @@ def evaluate(
 export_cli.register(app)
 service_cli.register(app)
 job_cli.register(app)
+study_cli.register(app)
 
 
 def peak_memory_bytes() -> int:

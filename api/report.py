@@ -41,7 +41,7 @@ class ModelSummary(_Record):
 
 
 class BlockFidelity(_Record):
-    """Predicted KL in nats/token when this block alone is compressed, with its interval where known."""
+    """KL in nats/token when this block alone is compressed, with its interval where known."""
 
     block: int = Field(ge=0)
     kl_nats: float
@@ -187,6 +187,7 @@ class Report(_Record):
     bitrank_version: str
     model: ModelSummary
     fidelity_label: str
+    fidelity_source: Literal["measured", "predicted"] = "predicted"
     fidelity: Sequence[BlockFidelity] = Field(min_length=1)
     curves: Sequence[ErrorCurve] = Field(min_length=1)
     frontier: Frontier
@@ -267,19 +268,22 @@ def uniform_kl_at(plan: EvaluationRow, evaluations: Sequence[EvaluationRow]) -> 
 
 def render_report(report: Report) -> str:
     """The whole page as one HTML document; the same report gives the same text."""
-    template = (WEB / "report.html").read_text(encoding="utf-8")
-    page_script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)
-    assert page_script is not None
-    scripts = [_script_source((WEB / name).read_text(encoding="utf-8")) for name in SCRIPTS]
+    data = {"headlines": [asdict(h) for h in headlines(report)], "report": report.model_dump()}
+    return render_page("report.html", f"bitrank report: {report.model.id}", SCRIPTS, data)
+
+
+def render_page(template_name: str, title: str, script_names: Sequence[str], data: object) -> str:
+    """A template of `api/web/` with the style, these scripts and the data put into it."""
+    template = (WEB / template_name).read_text(encoding="utf-8")
+    scripts = [_script_source((WEB / name).read_text(encoding="utf-8")) for name in script_names]
+    own = re.findall(r"<script>(.*?)</script>", template, re.DOTALL)
     parts = {
         "style": (WEB / "charts.css").read_text(encoding="utf-8").rstrip(),
-        "title": html.escape(f"bitrank report: {report.model.id}"),
-        "script_hashes": " ".join(_content_hash(source) for source in [*scripts, page_script[1]]),
+        "title": html.escape(title),
+        "script_hashes": " ".join(_content_hash(source) for source in [*scripts, *own]),
         "scripts": "\n".join(f"<script>{source}</script>" for source in scripts),
         "licences": html.escape(_licences()),
-        "data": _json_block(
-            {"headlines": [asdict(h) for h in headlines(report)], "report": report.model_dump()}
-        ),
+        "data": _json_block(data),
     }
     return re.sub(r"\{\{ (\w+) \}\}", lambda match: parts[match[1]], template)
 

@@ -172,8 +172,8 @@ window.bitrank = (() => {
   const tip = (data, options, pointer = Plot.pointer) => Plot.tip(data, pointer({ ...tipStyle, ...options }));
   const everyFew = (values, width) => values.filter((_, i) => i % Math.ceil((values.length * 26) / width) === 0);
 
-  /** Bars of predicted KL per block with intervals; `blocks` is report.fidelity, `setting` says how compressed. */
-  function fidelityBars(blocks, { setting = "the probe setting", ...options } = {}) {
+  /** Bars of KL per block with intervals; `blocks` is report.fidelity, `setting` how compressed, `source` how known. */
+  function fidelityBars(blocks, { setting = "the probe setting", source = "predicted", ...options } = {}) {
     const order = d3.sort(blocks, (d) => d.block);
     const median = d3.median(order, (d) => d.kl_nats);
     const worst = d3.greatest(order, (d) => d.kl_nats);
@@ -204,10 +204,10 @@ window.bitrank = (() => {
     const view = () => ({
       draw: drawBars,
       label:
-        `Bar chart of predicted KL when one block alone is compressed to ${setting}, for ${order.length} blocks. ` +
+        `Bar chart of ${source} KL when one block alone is compressed to ${setting}, for ${order.length} blocks. ` +
         `Block ${worst.block} loses most, ${nats(worst.kl_nats)}; the median block loses ${number(median)}.`,
       legend: [
-        ["square", "var(--plan)", `only this block at ${setting}`],
+        ["square", "var(--plan)", `only this block at ${setting}, ${source}`],
         ...(bounded.length ? [["line", "var(--ink)", "interval"]] : []),
       ],
       notes: [],
@@ -446,5 +446,8 @@ window.bitrank = (() => {
     return figure(view, points, options);
   }
 
-  return Object.freeze({ fidelityBars, errorCurves, frontier, planMap, predictedMeasured, selectBox, table, element, number, percent, mebibytes });
+  return Object.freeze({
+    fidelityBars, errorCurves, frontier, planMap, predictedMeasured, figure, draw, logAxis, selectBox, table, element,
+    number, percent, mebibytes,
+  });
 })();

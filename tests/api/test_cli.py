@@ -12,7 +12,19 @@ from command_line import CommandLine
 from road import Road
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("demo", "profile", "plan", "frontier", "curves", "compress", "evaluate", "export")
+COMMANDS = (
+    "demo",
+    "profile",
+    "plan",
+    "frontier",
+    "curves",
+    "compress",
+    "evaluate",
+    "export",
+    "fidelity",
+    "spectrum",
+    "cliff",
+)
 SERVICE_COMMANDS = ("serve", "worker", "batch", "jobs", "keys")
 HEAVY = {"torch", "transformers", "numpy", "scipy", "cvxpy", "pandas", "pyarrow", "fastapi"}
 

@@ -1,0 +1,204 @@
+"""`bitrank fidelity`, `spectrum` and `cliff`: studies of one model, as tables, JSON and a page of charts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from profiler.companion import Companion, GroupCliff, Spectrum
+    from profiler.estimate import Estimate
+    from profiler.ushape import Shape
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="'demo', a model directory or a hub id.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", help="JSON file to write; a page of charts is written beside it."),
+]
+Text = Annotated[Path | None, typer.Option(help="UTF-8 text to measure on.")]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (fidelity, spectrum, cliff):
+        app.command()(command)
+
+
+def fidelity(
+    model: Model,
+    output: Output = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="UTF-8 text; sampled from the model if absent.")
+    ] = None,
+    text: Text = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens; a fifth as many measure.")] = 40_960,
+    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """What each block contributes, with intervals, tiers and a test for a U shape."""
+    from api.progress import progress
+    from api.studies import study_fidelity
+
+    found = study_fidelity(model, output, progress(), calibration, text, tokens, seed, device)
+    _finish(found, output, json_output)
+    if json_output:
+        return
+    option = found.option
+    print(
+        f"each block alone at {option.bits} bits, group {option.group_size}, on {found.text}"
+        f" ({found.windows} windows of {found.window_tokens} tokens; {found.confidence:.0%} intervals)"
+    )
+    _table(
+        ("block", "tier", "probe KL", "influence", "collision margin", "embedding recovery", "outlier in"),
+        (
+            (
+                block.block,
+                block.tier,
+                _interval(block.probe_kl),
+                _interval(block.block_influence),
+                _interval(block.collision_margin),
+                _interval(block.embedding_recovery),
+                ", ".join(block.outlier_in) or "–",
+            )
+            for block in found.blocks
+        ),
+    )
+    for shape in found.shapes:
+        print(_shape_sentence(shape))
+
+
+def spectrum(model: Model, output: Output = None, device: Device = "cpu", json_output: Json = False) -> None:
+    """The rank that 90, 95, 99 and 99.9 % of the energy take, by projection and by head."""
+    from api.progress import progress
+    from api.studies import study_spectrum
+    from profiler.heads import kind_of
+
+    found = study_spectrum(model, output, progress(), device)
+    _finish(found, output, json_output)
+    if json_output:
+        return
+    rows: dict[tuple[str, int], list[Spectrum]] = defaultdict(list)
+    for layer in found.layers.values():
+        rows[kind_of(layer.projection), layer.spectrum.full_rank].append(layer.spectrum)
+    for layer in found.layers.values():
+        for head in layer.heads:
+            rows[f"{layer.projection}, a head", head.spectrum.full_rank].append(head.spectrum)
+    _table(
+        ("projection", "matrices", "full rank", *(f"{share:.1%} energy" for share in found.shares)),
+        (
+            (
+                name,
+                len(spectra),
+                full,
+                *(_span(ranks, full) for ranks in zip(*(s.ranks for s in spectra), strict=True)),
+            )
+            for (name, full), spectra in rows.items()
+        ),
+    )
+
+
+def cliff(
+    model: Model,
+    output: Output = None,
+    text: Text = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to measure on.")] = 8_192,
+    ratios: Annotated[
+        str, typer.Option(help="Shares of the full rank to cut to.")
+    ] = "0.95,0.9,0.85,0.8,0.65,0.5,0.35,0.2",
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """What is lost as rank falls, per projection and head group, and where 95 % of the energy is not enough."""
+    from api.progress import progress
+    from api.studies import study_cliff
+
+    found = study_cliff(model, output, progress(), text, tokens, _ratios(ratios), device)
+    _finish(found, output, json_output)
+    if json_output:
+        return
+    print(f"rounding every matrix to 4 bits costs {found.threshold_kl:.4f} nats/token on {found.text}:")
+    print("the cliff is where cutting one group costs as much")
+    _table(
+        (
+            "group",
+            "full rank",
+            "95 % energy at",
+            "KL there",
+            "cliff at",
+            "energy there",
+            "repetition",
+            "95 % enough",
+        ),
+        map(_cliff_row, found.groups),
+    )
+
+
+def _cliff_row(group: GroupCliff) -> tuple[Any, ...]:
+    at_energy, lowest = group.energy_cut, group.cuts[-1]
+    if group.cliff_ratio is None or group.cliff_energy is None:
+        where = (f"below {lowest.ratio:.2f}", "–")
+    else:
+        where = (f"{group.cliff_ratio:.2f}", f"{group.cliff_energy:.2%}")
+    repetition = f"{group.cuts[0].repetition:.2f} to {lowest.repetition:.2f}"
+    enough = "yes" if group.energy_is_enough else "no"
+    return (
+        group.group,
+        group.full_rank,
+        f"{at_energy.ratio:.2f}",
+        _interval(at_energy.kl),
+        *where,
+        repetition,
+        enough,
+    )
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    try:
+        ratios = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"--ratios takes numbers separated by commas, not {text!r}") from None
+    if not all(0 < ratio < 1 for ratio in ratios):
+        raise typer.BadParameter("--ratios must lie between 0 and 1; the full rank is measured anyway")
+    return ratios
+
+
+def _finish(document: Companion, output: Path | None, json_output: bool) -> None:
+    """Print the document, if asked, and write its page beside the file."""
+    from api.study_page import write_study
+
+    if output is not None:
+        write_study(output.with_suffix(".html"), document)
+    if json_output:
+        print(document.model_dump_json(indent=1))
+
+
+def _shape_sentence(shape: Shape) -> str:
+    name = shape.metric.replace("_", " ")
+    if shape.p_value is None:
+        return f"{name}: too few blocks to tell a U shape"
+    return (
+        f"{name}: {shape.verdict} (p {shape.p_value:.3f}; {shape.test}; slopes {shape.left_slope:+.3g} up to block"
+        f" {shape.break_block}, {shape.right_slope:+.3g} after)"
+    )
+
+
+def _interval(value: Estimate | None) -> str:
+    return "–" if value is None else f"{value.mean:.4g} ({value.low:.3g} to {value.high:.3g})"
+
+
+def _span(ranks: Sequence[int], full: int) -> str:
+    """The median rank, its share of the full rank, and the extremes."""
+    median = sorted(ranks)[len(ranks) // 2]
+    return f"{median} ({median / full:.0%}; {min(ranks)} to {max(ranks)})"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    from api.cli import _print_table
+
+    _print_table(header, rows)
