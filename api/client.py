@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from allocator.errors import BitrankError, BudgetSyntaxError, InfeasibleError, StrategyError
 from allocator.plan import Plan
 from api.job_schemas import JobRecord, Page
-from api.schemas import FrontierAnswer, ProfilePage
+from api.schemas import FidelityAnswer, FrontierAnswer, ProfilePage, SpectrumAnswer
 
 RETRIED = (429, 502, 503, 504)
 LONGEST_WAIT_SECONDS = 30.0
@@ -96,6 +96,12 @@ class Client:
 
     def frontier(self, profile_id: str) -> FrontierAnswer:
         return _read(FrontierAnswer, self._get(f"/v1/profiles/{profile_id}/frontier"))
+
+    def fidelity(self, profile_id: str) -> FidelityAnswer:
+        return _read(FidelityAnswer, self._get(f"/v1/profiles/{profile_id}/fidelity"))
+
+    def spectrum(self, profile_id: str) -> SpectrumAnswer:
+        return _read(SpectrumAnswer, self._get(f"/v1/profiles/{profile_id}/spectrum"))
 
     def submit(self, kind: str, request: dict[str, Any]) -> JobRecord:
         """Queue a job; `kind` is profiles, batches, compressions or evaluations."""

@@ -1,4 +1,4 @@
-"""Error curves and blocks of a profile as answers: JSON models, and the same rows as CSV and Parquet."""
+"""Error curves of a profile as answers: JSON models, and the same rows as CSV and Parquet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from api.problems import ProblemError
 from api.report import CurveFit, MeasuredError
-from api.schemas import BlockLoss, FidelityAnswer, Interval, LayerCurve, PredictedError
+from api.schemas import Interval, LayerCurve, PredictedError
 
 if TYPE_CHECKING:
     from profiler.profile import Profile
@@ -29,7 +29,6 @@ COLUMNS = (
     "error_high",
     "kl_nats",
 )
-BLOCK_BITS = 3
 
 
 def layer_curves(
@@ -109,27 +108,3 @@ def as_parquet(rows: Sequence[tuple[Any, ...]]) -> bytes:
     buffer = BytesIO()
     parquet.write_table(pa.table({name: list(values) for name, values in columns}), buffer)
     return buffer.getvalue()
-
-
-def block_losses(profile: Profile) -> FidelityAnswer:
-    """Predicted KL of compressing one block alone, at 3 bits in groups of 64 where the grid has them.
-
-    Without that setting, at the option nearest to it that every layer was measured at.
-    """
-    shared = set.intersection(*({m.option for m in ms} for ms in profile.measurements.values()))
-    if not shared:
-        raise ProblemError("unusable", "the layers of this profile have no option in common; profile again")
-    option = min(shared, key=lambda o: (o.rank, abs(o.bits - BLOCK_BITS), abs(o.group_size - GROUP_SIZE), o))
-    total: dict[int, float] = {}
-    for name, record in profile.document.layers.items():
-        error = next(m.error for m in profile.measurements[name] if m.option == option)
-        total[record.block] = total.get(record.block, 0.0) + error * profile.sensitivity(name)
-    low, high = profile.interval_factors
-    return FidelityAnswer(
-        profile=profile.sha256,
-        setting=f"{option.bits} bits, group {option.group_size}",
-        blocks=[
-            BlockLoss(block=block, kl_nats=kl, interval=Interval(low=kl * low, high=kl * high))
-            for block, kl in sorted(total.items())
-        ],
-    )

@@ -19,9 +19,11 @@ import numpy as np
 from allocator.plan import Plan
 from api import report as page
 from api import usecases
+from api.blocks import block_losses
 from api.report import write_report
 
 if TYPE_CHECKING:
+    from api.schemas import FidelityAnswer
     from api.usecases import Evaluation
     from profiler.calibration import Progress
     from profiler.profile import Profile
@@ -31,7 +33,6 @@ UNIFORM_BITS = (2, 3, 4)
 SMALL_BUDGET, LARGE_BUDGET = "2.6bpw", "4.3bpw"
 EVALUATION_TOKENS = 12_288
 PROMPTS = ("The meaning of life", "## Summary\n\nThis RFC proposes", "It was a cold morning when")
-PROBE_BITS = 3
 
 
 def run_demo(output: Path, progress: Progress) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def evaluate_all(
 def fill_report(
     profile: Profile, plans: dict[str, Plan], evaluations: Sequence[tuple[str, Plan, Evaluation]]
 ) -> page.Report:
-    menu = profile.menu
+    menu, losses = profile.menu, block_losses(profile)
     rows = [
         page.EvaluationRow(
             text=found.text,
@@ -128,8 +129,9 @@ def fill_report(
             compressible_weights=menu.compressible_weights,
             original_bytes=menu.original_bytes,
         ),
-        fidelity_label=f"{PROBE_BITS} bits, group 64",
-        fidelity=block_fidelity(profile),
+        fidelity_label=losses.setting,
+        fidelity_source=losses.source,
+        fidelity=block_fidelity(losses),
         curves=[error_curve(profile, name) for name in profile.document.layers],
         frontier=page.Frontier(
             optimal=[page.OptimalPoint(**asdict(point)) for point in usecases.frontier_points(profile)],
@@ -150,19 +152,12 @@ def fill_report(
     )
 
 
-def block_fidelity(profile: Profile) -> list[page.BlockFidelity]:
-    """Predicted KL of compressing one block alone at the probe setting."""
-    low, high = profile.interval_factors
-    total: dict[int, float] = {}
-    for name, record in profile.document.layers.items():
-        error = next(
-            m.error
-            for m in profile.measurements[name]
-            if (m.option.bits, m.option.rank, m.option.group_size) == (PROBE_BITS, 0, 64)
-        )
-        total[record.block] = total.get(record.block, 0.0) + error * profile.sensitivity(name)
+def block_fidelity(losses: FidelityAnswer) -> list[page.BlockFidelity]:
     return [
-        page.BlockFidelity(block=b, kl_nats=kl, kl_low=kl * low, kl_high=kl * high) for b, kl in total.items()
+        page.BlockFidelity(
+            block=loss.block, kl_nats=loss.kl_nats, kl_low=loss.interval.low, kl_high=loss.interval.high
+        )
+        for loss in losses.blocks
     ]
 
 

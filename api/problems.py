@@ -43,6 +43,7 @@ TITLES: dict[str, tuple[int, str]] = {
     "unknown-layer": (404, "No layer has this name"),
     "unknown-job": (404, "The job is not known"),
     "unknown-evaluation": (404, "The evaluation is not known"),
+    "not-measured": (404, "The profile lacks this measurement"),
     "method-not-allowed": (405, "This address does not take the method"),
     "not-acceptable": (406, "No representation is acceptable"),
     "request-timeout": (408, "The request took too long to arrive"),

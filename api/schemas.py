@@ -14,6 +14,7 @@ from allocator.constraints import Ban, BitsRange, Constraints, Pattern, Pin, Qua
 from allocator.targets import TargetName
 from api.catalogue import MODEL_PATTERN
 from api.report import CurveFit, MeasuredError, OptimalPoint, UniformPoint
+from profiler.companion import CliffDocument, FidelityDocument, SpectrumDocument
 
 PLAN_ID = r"^[0-9a-f]{32}$"
 PROFILE_ID = r"^[0-9a-f]{64}$"
@@ -298,7 +299,7 @@ class FrontierAnswer(Answer):
 
 
 class BlockLoss(Answer):
-    """Predicted KL (nats/token) when this block alone is compressed, with its 90 % interval."""
+    """KL (nats/token) when this block alone is compressed, with its 90 % interval."""
 
     block: int
     kl_nats: float
@@ -306,9 +307,23 @@ class BlockLoss(Answer):
 
 
 class FidelityAnswer(Answer):
+    """Where the loss comes from. Without a measurement, losses are predicted and `measured` is null."""
+
     profile: str
+    source: Literal["measured", "predicted"]
     setting: str = Field(description="How each block is compressed alone.", examples=["3 bits, group 64"])
     blocks: list[BlockLoss]
+    measured: FidelityDocument | None = Field(
+        description="Every measure of every block with its interval, tier and outliers, and tests for a U shape."
+    )
+
+
+class SpectrumAnswer(Answer):
+    """Energy by layer and head, and the measured quality cliff where `bitrank cliff` has written it."""
+
+    profile: str
+    spectrum: SpectrumDocument
+    cliff: CliffDocument | None
 
 
 class OptionAnswer(Answer):

@@ -1,4 +1,4 @@
-"""/v1/profiles: make, list and read profiles, their curves, frontier and fidelity."""
+"""/v1/profiles: make, list and read profiles, their curves, frontier, fidelity and spectra."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from api.auth import requires
-from api.curves import as_csv, as_parquet, block_losses, curve_rows, layer_curves
+from api.blocks import block_losses, spectra
+from api.curves import as_csv, as_parquet, curve_rows, layer_curves
 from api.database import ProfileRow
 from api.keys import Principal
 from api.problems import responses
@@ -29,6 +30,7 @@ from api.schemas import (
     ProfilePage,
     ProfileRequest,
     ProfileSummary,
+    SpectrumAnswer,
 )
 from api.service import Service, ServiceOf
 
@@ -147,12 +149,33 @@ def read_frontier(
     return _answer(answer, profile_id, "frontier", if_none_match)
 
 
-@router.get("/{profile_id}/fidelity", response_model=FidelityAnswer, responses=FOUND)
+@router.get(
+    "/{profile_id}/fidelity",
+    response_model=FidelityAnswer,
+    responses={**FOUND, **responses("unknown-profile", "unusable")},
+)
 def read_fidelity(
     profile_id: ProfileId, service: ServiceOf, reader: Reader, if_none_match: IfNoneMatch = None
 ) -> Response:
-    """What each block's compression alone is predicted to lose, with intervals."""
-    return _answer(block_losses(service.profiles.load(profile_id)), profile_id, "fidelity", if_none_match)
+    """What each block's compression alone loses, with intervals: measured, or predicted where it was not."""
+    answer = block_losses(service.profiles.load(profile_id))
+    part = "fidelity" if answer.measured is None else f"fidelity {answer.measured.content_sha256}"
+    return _answer(answer, profile_id, part, if_none_match)
+
+
+@router.get(
+    "/{profile_id}/spectrum",
+    response_model=SpectrumAnswer,
+    responses={**FOUND, **responses("unknown-profile", "not-measured", "unusable")},
+)
+def read_spectrum(
+    profile_id: ProfileId, service: ServiceOf, reader: Reader, if_none_match: IfNoneMatch = None
+) -> Response:
+    """How the energy of every matrix and head spreads, and what is lost as rank falls."""
+    answer = spectra(service.profiles.load(profile_id))
+    cliff = "" if answer.cliff is None else answer.cliff.content_sha256
+    part = f"spectrum {answer.spectrum.content_sha256} {cliff}"
+    return _answer(answer, profile_id, part, if_none_match)
 
 
 def _answer(answer: BaseModel, profile_id: str, part: str, if_none_match: str | None) -> Response:

@@ -153,7 +153,7 @@ function drawProfile(fidelity) {
   for (const id of ["map", "curves"]) (at(id).querySelector("figure")?.remove(), delete page.charts[id]);
   const blocks = fidelity.blocks.map(({ interval, ...d }) => ({ ...d, kl_low: interval.low, kl_high: interval.high }));
   const bars = bitrank.fidelityBars(blocks, {
-    setting: fidelity.setting,
+    setting: fidelity.setting, source: fidelity.source,
     caption: "Each bar is the KL the model would lose if that block alone were compressed; a tall bar deserves more bits.",
   });
   place("fidelity", bars, () => blocks);

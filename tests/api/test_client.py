@@ -115,3 +115,11 @@ def test_a_server_that_is_not_there_is_named() -> None:
         pytest.raises(ServiceError, match="cannot reach"),
     ):
         client.profiles()
+
+
+def test_fidelity_and_spectra_come_as_types(remote: Client, road: Road) -> None:
+    profile = load_profile(road.profile)
+    fidelity, spectra = remote.fidelity(profile.sha256), remote.spectrum(profile.sha256)
+    assert fidelity.measured is not None
+    assert fidelity.measured.digest == fidelity.measured.content_sha256
+    assert list(spectra.spectrum.layers) == list(profile.document.layers)

@@ -20,6 +20,8 @@ from service_process import ServiceProcess
 from allocator.plan import MIB, Plan
 from api.usecases import plan_budget
 from benchmarks.faults import Cluster, binary
+from profiler.companion import CliffDocument, Cut, GroupCliff
+from profiler.estimate import Estimate
 from profiler.profile import load_profile
 
 
@@ -178,10 +180,77 @@ def test_the_frontier_falls_and_lies_below_uniform(client: httpx.Client, profile
         assert min(affordable, default=0) <= uniform["kl_nats"] * 1.05
 
 
-def test_fidelity_has_every_block_with_its_interval(client: httpx.Client, profile_id: str) -> None:
-    blocks = client.get(f"/v1/profiles/{profile_id}/fidelity").json()["blocks"]
+def test_fidelity_is_the_measured_one_of_every_block_with_its_interval(
+    client: httpx.Client, profile_id: str, road: Road
+) -> None:
+    answer = client.get(f"/v1/profiles/{profile_id}/fidelity").json()
+    blocks = answer["blocks"]
+    assert answer["source"] == "measured"
     assert [block["block"] for block in blocks] == [0, 1]
     assert all(b["interval"]["low"] <= b["kl_nats"] <= b["interval"]["high"] for b in blocks)
+    assert answer["measured"] == json.loads((road.profile / "fidelity.json").read_text())
+    assert blocks[0]["kl_nats"] == answer["measured"]["blocks"][0]["probe_kl"]["mean"]
+
+
+def test_the_spectrum_has_every_layer_and_no_cliff_until_one_is_measured(
+    client: httpx.Client, service: ServiceProcess, profile_id: str, road: Road
+) -> None:
+    path = f"/v1/profiles/{profile_id}/spectrum"
+    before = client.get(path)
+    assert before.json()["spectrum"] == json.loads((road.profile / "spectrum.json").read_text())
+    assert before.json()["cliff"] is None
+    beside = service.data_dir / "profiles" / profile_id / "cliff.json"
+    write_cliff(beside, road)
+    after = client.get(path, headers={"If-None-Match": before.headers["etag"]})
+    assert after.status_code == 200
+    assert after.json()["cliff"]["groups"][0]["group"] == "q_proj"
+    beside.unlink()
+
+
+def write_cliff(path: Path, road: Road) -> None:
+    cut = Cut(0.5, 0.9, Estimate(0.1, 0.05, 0.15), 0.2)
+    CliffDocument(
+        model=load_profile(road.profile).document.model,
+        text="text",
+        windows=2,
+        window_tokens=64,
+        threshold_kl=0.05,
+        energy_share=0.95,
+        confidence=0.9,
+        prompts=2,
+        new_tokens=8,
+        ngram=4,
+        groups=(GroupCliff("q_proj", 64, (cut,), cut, 0.7, 0.97, False),),
+    ).save(path)
+
+
+def test_a_profile_without_measurements_predicts_fidelity_and_lacks_spectra(
+    client: httpx.Client, service: ServiceProcess, profile_id: str
+) -> None:
+    beside = service.data_dir / "profiles" / profile_id
+    texts = {name: (beside / name).read_text() for name in ("fidelity.json", "spectrum.json")}
+    measured = client.get(f"/v1/profiles/{profile_id}/fidelity")
+    for name in texts:
+        (beside / name).unlink()
+    predicted = client.get(f"/v1/profiles/{profile_id}/fidelity")
+    assert (predicted.json()["source"], predicted.json()["measured"]) == ("predicted", None)
+    assert predicted.headers["etag"] != measured.headers["etag"]
+    for low, block, high in (
+        (block["interval"]["low"], block["kl_nats"], block["interval"]["high"])
+        for block in predicted.json()["blocks"]
+    ):
+        assert low <= block <= high
+    lacking = client.get(f"/v1/profiles/{profile_id}/spectrum")
+    assert lacking.status_code == 404
+    assert lacking.json()["type"] == "urn:bitrank:problem:not-measured"
+    assert "bitrank spectrum MODEL" in lacking.json()["detail"]
+    (beside / "fidelity.json").write_text(texts["fidelity.json"].replace("64", "65", 1))
+    damaged = client.get(f"/v1/profiles/{profile_id}/fidelity")
+    assert damaged.status_code == 422
+    assert "measure it again" in damaged.json()["detail"]
+    for name, text in texts.items():
+        (beside / name).write_text(text)
+    assert client.get(f"/v1/profiles/{profile_id}/fidelity").headers["etag"] == measured.headers["etag"]
 
 
 def test_a_preview_is_the_plan_without_being_stored(client: httpx.Client, profile_id: str) -> None:
