@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sqlalchemy import make_url
+from sqlalchemy.exc import SQLAlchemyError
 
-from api.database import make_engine
+from api.database import make_engine, unusable
 from api.settings import Settings
 
 if TYPE_CHECKING:
@@ -34,15 +35,18 @@ def engine_url(settings: Settings) -> str:
 
 
 def prepare_engine(settings: Settings) -> None:
-    """Create or upgrade the engine's tables; several processes may do so at once."""
+    """Create or upgrade the engine's tables; several processes may do so at once. Raises `DatabaseError`."""
     from dbos import DBOS
 
     url = engine_url(settings)
-    if url.startswith("sqlite"):
-        engine = make_engine(url)
-        with engine.connect():
-            engine.dispose()
-    DBOS.migrate(url)
+    try:
+        if url.startswith("sqlite"):
+            engine = make_engine(url)
+            with engine.connect():
+                engine.dispose()
+        DBOS.migrate(url)
+    except SQLAlchemyError as error:
+        raise unusable(url, error) from error
 
 
 def engine_client(settings: Settings) -> DBOSClient:

@@ -59,6 +59,7 @@ def cancel_job(job_id: JobId, service: ServiceOf, owner: Canceller) -> JobRecord
 async def _stream_start(
     job_id: JobId,
     service: ServiceOf,
+    reader: Reader,
     last_event_id: Annotated[
         str | None, Header(max_length=32, description="Go on after this event.", examples=["7"])
     ] = None,
@@ -72,12 +73,12 @@ async def _stream_start(
             )
         after = int(last_event_id)
     await run_in_threadpool(service.jobs.read, job_id)
-    service.event_streams.take()
+    service.event_streams.take(reader.id)
     service.metrics.event_streams.inc()
     try:
         yield after
     finally:
-        service.event_streams.give_back()
+        service.event_streams.give_back(reader.id)
         service.metrics.event_streams.dec()
 
 

@@ -17,7 +17,7 @@ from api.explanation import difference, explain
 from api.keys import Principal
 from api.problems import ProblemError, responses
 from api.routes.negotiation import IDEMPOTENT, NOT_MODIFIED, IfNoneMatch, tagged
-from api.routes.submission import ACCEPTED, job_accepted
+from api.routes.submission import ACCEPTED, NewJobId, job_accepted
 from api.schemas import PLAN_ID, DiffAnswer, ExplanationAnswer, PlanRequest
 from api.service import Service, ServiceOf
 
@@ -56,16 +56,19 @@ MADE: dict[int | str, dict[str, Any]] = {
     responses={**MADE, **ACCEPTED, **responses("unknown-model", "too-large", "queue-full", "conflict")},
 )
 def make_plan(
-    request: Annotated[PlanRequest, Body(openapi_examples=EXAMPLES)], service: ServiceOf, owner: Planner
+    request: Annotated[PlanRequest, Body(openapi_examples=EXAMPLES)],
+    service: ServiceOf,
+    owner: Planner,
+    job_id: NewJobId,
 ) -> Response:
     """Plan one budget from the newest profile of a model: 201. A model without one is profiled first: 202."""
     profile_id = service.profiles.find(request.model)
     if profile_id is None:
-        return _profiled_first(service, request, owner)
+        return _profiled_first(service, request, owner, job_id)
     return _planned(service, profile_id, request, owner)
 
 
-def _profiled_first(service: Service, request: PlanRequest, owner: Principal) -> Response:
+def _profiled_first(service: Service, request: PlanRequest, owner: Principal, job_id: str | None) -> Response:
     service.catalogue.resolve(request.model)
     if request.constraints is not None:
         raise ProblemError(
@@ -75,7 +78,7 @@ def _profiled_first(service: Service, request: PlanRequest, owner: Principal) ->
     if request.budget is not None:
         parse_budget(request.budget)
     parse_strategy(request.strategy)
-    return job_accepted(service.jobs.submit("plan", wanted, owner.id))
+    return job_accepted(service.jobs.submit("plan", wanted, owner.id, job_id))
 
 
 def _planned(service: Service, profile_id: str, request: PlanRequest, owner: Principal) -> Response:
