@@ -29,6 +29,7 @@ from api.engine import (
     VERSION,
     engine_url,
     prepare_engine,
+    wait_out_full_disks,
 )
 from api.ledger import Ledger
 from api.problems import ProblemError
@@ -119,6 +120,7 @@ class Worker:
         _prepare_libraries()
         self._database = open_database(settings)
         prepare_engine(settings)
+        wait_out_full_disks()
         self._settings = settings
         self._ledger = Ledger(self._database)
         self._heartbeats = Heartbeats(settings, dead_seconds)

@@ -152,10 +152,10 @@ def full(settings: Settings) -> Iterator[None]:
                     while _written(file, size):
                         pass
 
-    filling = threading.Thread(target=fill)
-    filling.start()
     if not settings.database_url:
         truncate_logs(settings)
+    filling = threading.Thread(target=fill)
+    filling.start()
     try:
         yield
     finally:

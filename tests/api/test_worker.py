@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from dbos._utils import retriable_sqlite_exception
+from sqlalchemy.exc import OperationalError
 
-from api.database import DatabaseError
-from api.engine import prepare_engine
+from api.database import DatabaseError, make_engine
+from api.engine import prepare_engine, wait_out_full_disks
 from api.settings import Settings
 from api.worker import Heartbeats
 from benchmarks.faults import locked
@@ -71,3 +73,14 @@ def test_a_worker_that_cannot_use_the_database_says_so_in_one_sentence(tmp_path:
     with pytest.raises(DatabaseError, match="check BITRANK_DATABASE_URL") as refused:
         prepare_engine(settings)
     assert "secret" not in str(refused.value)
+
+
+def test_a_full_disk_is_something_the_engine_waits_for(tmp_path: Path) -> None:
+    wait_out_full_disks()
+    engine = make_engine(f"sqlite:///{tmp_path / 'small.db'}")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("PRAGMA max_page_count=4")
+        connection.exec_driver_sql("CREATE TABLE large (data BLOB)")
+        with pytest.raises(OperationalError, match="disk is full") as full:
+            connection.exec_driver_sql("INSERT INTO large VALUES (zeroblob(1000000))")
+    assert retriable_sqlite_exception(full.value)
