@@ -52,7 +52,7 @@ class Connection(HttpToolsProtocol):
         self._bounds = bounds
         self._head_bytes = 0
         self._owes_since: float | None = None
-        self._leaving = False
+        self._leaving, self._closes_after = False, False
         self._unread_bytes, self._read_at = 0, 0.0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -79,11 +79,20 @@ class Connection(HttpToolsProtocol):
         super().data_received(data)
         if self._is_answering:
             self._head_bytes, self._owes_since = 0, None
-            if not self.cycle.more_body:
-                self._bounds.owing.pop(self, None)
+            self._note_body()
         elif self._head_bytes > MOST_HEAD_BYTES:
             detail = f"the head of a request may have {MOST_HEAD_BYTES:,} bytes at most; send less"
             self._refuse(ProblemError("head-too-large", detail))
+
+    def _note_body(self) -> None:
+        """Whoever has sent everything waits. A connection to be closed is kept until then, for `_leave` to close it."""
+        if self.cycle.more_body:
+            self._closes_after |= not self.cycle.keep_alive
+            self.cycle.keep_alive = True
+            return
+        self._bounds.owing.pop(self, None)
+        if self._closes_after:
+            self.cycle.keep_alive, self._closes_after = False, False
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

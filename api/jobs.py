@@ -81,9 +81,9 @@ class Jobs:
             self._engine.cancel_workflow(job_id, cancel_children=True)
         return self.read(job_id)
 
-    def events(self, job_id: str, after: int = 0) -> Events:
-        """What happened after the event of that sequence number; empty when nothing did. Raises `UnknownJobError`."""
-        found = self._ledger.events(job_id, after)
+    def events(self, job_id: str, after: int = 0, most: int | None = None) -> Events:
+        """What happened first after the event of that sequence number. Raises `UnknownJobError`."""
+        found = self._ledger.events(job_id, after, most)
         if not found:
             self.read(job_id)
         return found

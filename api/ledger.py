@@ -103,11 +103,12 @@ class Ledger:
         )
         return Page(jobs=[_record(row) for row in rows[:limit]], next_cursor=following)
 
-    def events(self, job_id: str, after: int) -> list[JobEvent]:
+    def events(self, job_id: str, after: int, most: int | None = None) -> list[JobEvent]:
         query = (
             select(JobEventRow)
             .where(JobEventRow.job_id == job_id, JobEventRow.sequence > after)
             .order_by(JobEventRow.sequence)
+            .limit(most)
         )
         with self._database.transaction() as session:
             rows = list(session.scalars(query))

@@ -119,7 +119,9 @@ class Places:
             detail = f"{self._most} event streams are open already; read the job itself instead"
             raise ProblemError("unavailable", detail, {}, {"Retry-After": "5"})
         if key is not None and self._taken[key] >= self._most_per_key:
-            detail = f"{self._most_per_key} event streams are open with this API key; read the job itself instead"
+            detail = (
+                f"{self._most_per_key} event streams are open with this API key; read the job itself instead"
+            )
             raise ProblemError("too-many-requests", detail, {}, {"Retry-After": "5"})
         self._taken[key] += 1
 

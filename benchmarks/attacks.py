@@ -18,6 +18,7 @@ PAUSE_SECONDS = 0.2
 PATIENCE_SECONDS = 120.0
 MIB = 2**20
 BODY_BYTES = 100_000_000
+UNREAD_BYTES = 8 * MIB
 Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
 
 
@@ -72,12 +73,17 @@ async def million_items(port: int) -> str:
     entry = json.dumps({"model": "model", "budgets": ["3bpw"] * 1_000}, separators=(",", ":")).encode()
     body = b'{"jobs":[' + b",".join([entry] * 1_000) + b"]}"
     reader, writer = await asyncio.open_connection(HOST, port)
-    writer.write(b"POST /v1/batches HTTP/1.1\r\nConnection: close\r\n" + HEAD + b"Content-Length: %d\r\n\r\n" % len(body))
+    writer.write(
+        b"POST /v1/batches HTTP/1.1\r\nConnection: close\r\n"
+        + HEAD
+        + b"Content-Length: %d\r\n\r\n" % len(body)
+    )
     return await _sent(reader, writer, iter([body]))
 
 
-def unread(path: str, times: int = 1) -> Callable[[int], Awaitable[str]]:
-    """Asks `times` times without waiting and never reads an answer."""
+def unread(path: str, answer_bytes: int = UNREAD_BYTES) -> Callable[[int], Awaitable[str]]:
+    """Asks for answers of that many bytes, more than the system keeps for a client that never reads, and reads none."""
+    times = -(-UNREAD_BYTES // answer_bytes)
 
     async def attack(port: int) -> str:
         connection = socket.socket()

@@ -20,6 +20,8 @@ from service_process import ServiceProcess
 
 from api.database import open_database
 from api.ledger import Ledger
+from api.limits import Places
+from api.problems import ProblemError
 from api.settings import Settings
 from benchmarks.attacks import ATTACKS, assault, unread
 from benchmarks.bystander import Bystander
@@ -97,7 +99,7 @@ def test_too_many_connections_make_room_for_new_ones(hostage: ServiceProcess, na
 
 def test_answers_that_are_never_read_are_dropped(hostage: ServiceProcess) -> None:
     made = hostage.client.post("/v1/plans", json=PLAN)
-    attack = unread(made.headers["location"], times=2_000)
+    attack = unread(made.headers["location"], len(made.content))
     with others_are_answered(hostage):
         assert asyncio.run(assault(attack, hostage.port, 10)) == Counter({"closed": 10})
 
@@ -254,3 +256,18 @@ def test_no_code_of_a_model_is_run(tmp_path: Path) -> None:
             assert record.error["type"] == "urn:bitrank:problem:unusable", record.error
         fleet.end()
     assert not sprung.exists()
+
+
+def test_one_api_key_cannot_take_every_event_stream() -> None:
+    places = Places(most=3, most_per_key=2)
+    for _ in range(2):
+        places.take("greedy")
+    with pytest.raises(ProblemError) as refused:
+        places.take("greedy")
+    assert refused.value.kind == "too-many-requests"
+    places.take("other")
+    with pytest.raises(ProblemError) as refused:
+        places.take("third")
+    assert refused.value.kind == "unavailable"
+    places.give_back("greedy")
+    places.take("third")
