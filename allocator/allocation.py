@@ -120,6 +120,10 @@ def resource_problem(
     if constraints.monotone == "rising":
         chains = tuple(chain[::-1] for chain in chains)
     ties: tuple[Integers, ...] = ()
+    if resources and constraints.tie_group_sizes:
+        raise ConstraintError(
+            "ties of group sizes and a second resource together are not offered; drop one of them"
+        )
     if resources:
         groups = (group for group in tie_groups(menu, constraints) if len(group) > 1)
         ties = tuple(group_of_layer[np.array(group)] for group in groups)

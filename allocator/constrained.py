@@ -11,9 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from allocator.constraints import Constraints, allowed_options, option_bits, tie_groups
+from allocator.constraints import (
+    Constraints,
+    allowed_options,
+    option_bits,
+    tie_groups,
+    tied_bits,
+    tied_values,
+)
 from allocator.errors import ContradictoryPinsError, InvalidProblemError
 from allocator.problem import Floats, Integers, Menu, Problem, Solution
+from allocator.storage import Option
 from allocator.ties import Mask, Member, TiedOptions, groups_per_chunk, tie
 
 
@@ -68,7 +76,7 @@ def constrain(menu: Menu, constraints: Constraints, total_bytes: int) -> Constra
     allowed = allowed_options(menu, constraints.rules)
     if not allowed and not constraints.ties and not constraints.auto_ties and constraints.monotone is None:
         return _untied(menu, total_bytes)
-    alike = _alike(menu, tie_groups(menu, constraints), allowed)
+    alike = _alike(menu, constraints, allowed)
     batches = [batch for same in alike for batch in same.merged(by_bits=constraints.monotone is not None)]
     options = [batch.options for batch in batches]
     count = np.concatenate([option.count for option in options])
@@ -78,7 +86,7 @@ def constrain(menu: Menu, constraints: Constraints, total_bytes: int) -> Constra
         start=np.append(0, np.cumsum(count)).astype(np.int64),
         budget_bytes=total_bytes - menu.kept_bytes,
     )
-    bits = np.concatenate([option.bits for option in options])
+    bits = tied_bits(np.concatenate([option.bits for option in options]), constraints)
     return ConstrainedProblem(problem, bits, tuple(batches), len(menu.layers))
 
 
@@ -87,7 +95,7 @@ def _untied(menu: Menu, total_bytes: int) -> ConstrainedProblem:
     problem = menu.problem(total_bytes)
     count = np.diff(problem.start)
     column = np.arange(len(problem.cost)) - np.repeat(problem.start[:-1], count)
-    bits_of = _bits_by_options(menu)
+    bits_of = {key: option_bits(options) for key, options in _distinct_options(menu).items()}
     bits = np.concatenate([bits_of[id(layer.options)] for layer in menu.layers])
     options = TiedOptions((), (), problem.cost, problem.size, bits, column, count)
     layers = np.arange(len(menu.layers))[None, :]
@@ -111,9 +119,9 @@ class Alike:
             yield Batch(self.layers[:, chunk], tie(members, by_bits))
 
 
-def _alike(menu: Menu, groups: list[list[int]], allowed: dict[int, Mask]) -> list[Alike]:
+def _alike(menu: Menu, constraints: Constraints, allowed: dict[int, Mask]) -> list[Alike]:
     """Tie groups whose members offer equal bits and bytes, together. Raises `ContradictoryPinsError`."""
-    bits_of = _bits_by_options(menu)
+    bits_of = {key: tied_values(options, constraints) for key, options in _distinct_options(menu).items()}
     offer_of: dict[bytes, int] = {}
     offers = {key: offer_of.setdefault(bits.tobytes(), len(offer_of)) for key, bits in bits_of.items()}
     shape_of: dict[tuple[int, bytes], int] = {}
@@ -122,7 +130,7 @@ def _alike(menu: Menu, groups: list[list[int]], allowed: dict[int, Mask]) -> lis
         key = offers[id(layer.options)], layer.total_bytes.tobytes()
         shapes.append(shape_of.setdefault(key, len(shape_of)))
     by_shape: dict[tuple[int, ...], list[list[int]]] = {}
-    for group in groups:
+    for group in tie_groups(menu, constraints):
         by_shape.setdefault(tuple([shapes[index] for index in group]), []).append(group)
     found = []
     for same in by_shape.values():
@@ -132,18 +140,19 @@ def _alike(menu: Menu, groups: list[list[int]], allowed: dict[int, Mask]) -> lis
             Member(bits_of[id(layer.options)], layer.total_bytes, _costs(menu, row, allowed))
             for layer, row in zip(first, layers, strict=True)
         )
-        _check_shared_bits(menu, layers, members)
+        _check_shared_bits(menu, layers, members, constraints)
         found.append(Alike(layers, members))
     return found
 
 
-def _bits_by_options(menu: Menu) -> dict[int, Integers]:
-    """Bits of every distinct tuple of options, by its id: layers mostly share a few tuples."""
-    distinct = {id(layer.options): layer.options for layer in menu.layers}
-    return {key: option_bits(options) for key, options in distinct.items()}
+def _distinct_options(menu: Menu) -> dict[int, tuple[Option, ...]]:
+    """Every distinct tuple of options by its id: layers mostly share a few tuples."""
+    return {id(layer.options): layer.options for layer in menu.layers}
 
 
-def _check_shared_bits(menu: Menu, layers: Integers, members: tuple[Member, ...]) -> None:
+def _check_shared_bits(
+    menu: Menu, layers: Integers, members: tuple[Member, ...], constraints: Constraints
+) -> None:
     offered = np.array(
         [
             np.all([np.isfinite(member.cost[member.bits == bits]).any(axis=0) for member in members], axis=0)
@@ -154,11 +163,12 @@ def _check_shared_bits(menu: Menu, layers: Integers, members: tuple[Member, ...]
     if not len(without):
         return
     offers = "; ".join(
-        f"{menu.layers[index].name!r} may have bits {sorted(set(member.bits[usable].tolist()))}"
+        f"{menu.layers[index].name!r} may have bits {sorted(set(tied_bits(member.bits[usable], constraints).tolist()))}"
         for index, member in zip(layers[:, without[0]], members, strict=True)
         for usable in (np.isfinite(member.cost[:, without[0]]),)
     )
-    raise ContradictoryPinsError(f"tied layers share no bits: {offers}; loosen their pins or untie them")
+    shared = "bits with one group size" if constraints.tie_group_sizes else "bits"
+    raise ContradictoryPinsError(f"tied layers share no {shared}: {offers}; loosen their pins or untie them")
 
 
 def _costs(menu: Menu, layers: Integers, allowed: dict[int, Mask]) -> Floats:

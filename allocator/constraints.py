@@ -29,6 +29,9 @@ from allocator.ties import Mask
 FUSED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Last parts of the names of layers that runtimes fuse and that share bits when `auto_ties` is set."""
 
+GROUP_RADIX = 2**20
+"""Above every group size, so that bits and group size fit one number."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
@@ -155,12 +158,14 @@ class Constraints:
     """Everything a plan must respect besides its budget.
 
     ties: each a tuple of globs; the layers that match any of them share bits. auto_ties: layers of one parent
-    named as in `FUSED` share bits. Ties that overlap are one tie. monotone: bits never rise (`falling`) or
-    never fall (`rising`) from block to block among layers whose names differ in the block number alone.
+    named as in `FUSED` share bits. Ties that overlap are one tie. tie_group_sizes: tied layers share the group size
+    too. monotone: bits never rise (`falling`) or never fall (`rising`) from block to block among layers whose names
+    differ in the block number alone.
     """
 
     ties: tuple[tuple[str, ...], ...] = ()
     auto_ties: bool = False
+    tie_group_sizes: bool = False
     pins: tuple[Pin, ...] = ()
     bans: tuple[Ban, ...] = ()
     bits: tuple[BitsRange, ...] = ()
@@ -177,17 +182,21 @@ def infeasible(
     menu: Menu, constraints: Constraints, total_bytes: int, smallest_bytes: int
 ) -> InfeasibleError:
     """The error that says how far `total_bytes` is below `smallest_bytes` and which constraint costs most."""
-    message = (
+    return InfeasibleError(
         f"under these constraints the smallest checkpoint takes {smallest_bytes} bytes, "
-        f"{smallest_bytes - total_bytes} more than the budget"
+        f"{smallest_bytes - total_bytes} more than the budget; {relief(menu, constraints, smallest_bytes)}",
+        smallest_bytes,
     )
+
+
+def relief(menu: Menu, constraints: Constraints, smallest_bytes: int) -> str:
+    """What to do about a budget below `smallest_bytes`: the rule whose loss saves most, or a larger budget."""
     freed = []
     for rule in constraints.rules:
         relaxed = _without(constraints, rule)
         freed.append((smallest_bytes - smallest_constrained_bytes(menu, relaxed), str(rule)))
     saved, rule_text = max(freed, default=(0, ""))
-    advice = f"without the {rule_text} it would take {saved} less" if saved > 0 else "raise the budget"
-    return InfeasibleError(f"{message}; {advice}", smallest_bytes)
+    return f"without the {rule_text} it would take {saved} less" if saved > 0 else "raise the budget"
 
 
 def smallest_constrained_bytes(menu: Menu, constraints: Constraints) -> int:
@@ -195,18 +204,18 @@ def smallest_constrained_bytes(menu: Menu, constraints: Constraints) -> int:
     allowed = allowed_options(menu, constraints.rules)
     total = menu.kept_bytes
     for group in tie_groups(menu, constraints):
-        least = [_least_by_bits(menu.layers[index], allowed.get(index)) for index in group]
-        shared = set.intersection(*(set(by_bits) for by_bits in least))
-        total += min((sum(by_bits[bits] for by_bits in least) for bits in shared), default=0)
+        least = [_least_by_tie(menu.layers[index], allowed.get(index), constraints) for index in group]
+        shared = set.intersection(*(set(by_tie) for by_tie in least))
+        total += min((sum(by_tie[tie] for by_tie in least) for tie in shared), default=0)
     return total
 
 
-def _least_by_bits(layer: LayerMenu, allowed: Mask | None) -> dict[int, int]:
-    bits, size = option_bits(layer.options), layer.total_bytes
+def _least_by_tie(layer: LayerMenu, allowed: Mask | None, constraints: Constraints) -> dict[int, int]:
+    tie, size = tied_values(layer.options, constraints), layer.total_bytes
     if allowed is not None:
-        bits, size = bits[allowed], size[allowed]
-    order = np.lexsort((size, bits))
-    present, first = np.unique(bits[order], return_index=True)
+        tie, size = tie[allowed], size[allowed]
+    order = np.lexsort((size, tie))
+    present, first = np.unique(tie[order], return_index=True)
     return dict(zip(present.tolist(), size[order][first].tolist(), strict=True))
 
 
@@ -289,6 +298,19 @@ def _fused_layers(menu: Menu) -> list[list[int]]:
 def option_bits(options: tuple[Option, ...]) -> Integers:
     """Bits of every option, (K,) int64."""
     return np.array([option.bits for option in options], dtype=np.int64)
+
+
+def tied_values(options: tuple[Option, ...], constraints: Constraints) -> Integers:
+    """What tied layers share, as one number of every option, (K,) int64: bits, or bits and group size."""
+    bits = option_bits(options)
+    if not constraints.tie_group_sizes:
+        return bits
+    return bits * GROUP_RADIX + np.array([option.group_size for option in options], dtype=np.int64)
+
+
+def tied_bits(values: Integers, constraints: Constraints) -> Integers:
+    """The bits in what `tied_values` returns."""
+    return values // GROUP_RADIX if constraints.tie_group_sizes else values
 
 
 def _without(constraints: Constraints, rule: Rule) -> Constraints:

@@ -39,6 +39,18 @@ class StrategyError(AllocationError):
     """A strategy text is unknown or malformed, or a layer does not offer the option it asks for."""
 
 
+class TargetError(AllocationError):
+    """No target has this name."""
+
+
+class FormatError(AllocationError):
+    """No export format has this name."""
+
+
+class ExportError(AllocationError):
+    """The plan cannot be written in a format; the message says what it cannot hold and what to do instead."""
+
+
 class ConstraintError(AllocationError):
     """Base of the ways constraints can be wrong on their own, before any budget."""
 

@@ -1,13 +1,14 @@
 """The exact solver of the multiple-choice knapsack: one option per group, least cost, within a budget.
 
 What lives here: `solve`, which joins the relaxation (`relaxation.py`), the search of the core (`core.py`)
-and, as a last resort, an integer program. The frontier is `frontier.py`, the check of an answer
-`certificate.py`.
+and, as a last resort, an integer program; and `Knapsack`, the same for many budgets of one table. The frontier
+is `frontier.py`, the check of an answer `certificate.py`.
 
 How it works (after Pisinger 1995, "A minimal algorithm for the multiple-choice knapsack problem"):
 
 1. The Lagrangian relaxation gives a multiplier λ (the shadow price), a lower bound and a choice that fits.
-2. A beam over the groups that break near λ gives a first incumbent.
+2. The best swap of one or two options, then a beam over the groups that break near λ, give a first incumbent.
+   Where all groups are near there is no beam: the first pass of 4 looks at the same candidates.
 3. Reduced-cost fixing against the incumbent leaves a core, usually some tens of options.
 4. Passes of `core.search` with growing caps improve the incumbent and raise the bound until they meet.
 5. Where the caps are not enough, `scipy.optimize.milp` tries what is left of the core; failing that, the best
@@ -23,14 +24,16 @@ limit cuts one short.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
 
 from allocator.core import Core, Limits, integer_program, search
 from allocator.errors import InfeasibleError, ProblemTooLargeError
+from allocator.frontier import Frontier, frontier
 from allocator.problem import Floats, Integers, Problem, Solution
-from allocator.relaxation import Candidates, Relaxation, Table, relax
+from allocator.relaxation import NEAR, Candidates, Pick, Relaxation, Table, relax
 
 OPTION_CAP = 200_000_000
 """Most options taken on: beyond it the tables outgrow the memory of one machine."""
@@ -59,30 +62,91 @@ def solve(problem: Problem, *, time_limit_seconds: float = 10.0) -> Solution:
     `ProblemTooLargeError` where there are more than `OPTION_CAP` options.
     """
     deadline = perf_counter() + time_limit_seconds
+    table = _table(problem)
+    least = table.least_bytes()
+    _check_feasible(least, problem.budget_bytes)
+    relaxation = relax(table, problem.budget_bytes, least)
+    return _search(problem, table, relaxation, problem.budget_bytes, deadline)
+
+
+@dataclass(frozen=True, slots=True)
+class Knapsack:
+    """The options of a problem, read once to be solved for any number of budgets.
+
+    The relaxation is looked up on the frontier, not searched for. The optimum is that of `solve`; where several
+    choices cost the same, another may be taken.
+    """
+
+    problem: Problem
+    table: Table
+    frontier: Frontier
+
+    @classmethod
+    def of(cls, problem: Problem) -> Knapsack:
+        """The budget of the problem plays no part. Raises `ProblemTooLargeError`."""
+        return cls(problem, _table(problem), frontier(problem))
+
+    def solve(self, budget_bytes: int, *, time_limit_seconds: float = 10.0) -> Solution:
+        """As the function `solve`. Raises `InfeasibleError`."""
+        deadline = perf_counter() + time_limit_seconds
+        _check_feasible(int(self.frontier.total_bytes[0]), budget_bytes)
+        relaxation = self._relaxation(self.frontier.within(budget_bytes))
+        return _search(self.problem, self.table, relaxation, budget_bytes, deadline)
+
+    def _relaxation(self, breakpoint: int) -> Relaxation:
+        """Between a breakpoint and the next, whose edge has the multiplier."""
+        line, problem, groups = self.frontier, self.problem, self.table.groups
+        choice = line.choice(breakpoint)
+        taken = problem.start[:-1] + choice
+        base = Pick(choice[groups], problem.cost[taken[groups]], problem.size[taken[groups]])
+        if breakpoint == len(line) - 1:
+            return Relaxation(0.0, base, groups[:0])
+        group = line.group[breakpoint]
+        before, after = taken[group], problem.start[group] + line.option[breakpoint]
+        saved, added = problem.cost[before] - problem.cost[after], problem.size[after] - problem.size[before]
+        edges = slice(max(0, breakpoint - NEAR), breakpoint + NEAR)
+        near = (
+            np.flatnonzero(np.isin(groups, line.group[edges]))
+            if len(groups) > NEAR
+            else np.arange(len(groups))
+        )
+        return Relaxation(float(saved / added), base, near)
+
+
+def _table(problem: Problem) -> Table:
     if len(problem.cost) > OPTION_CAP:
         raise ProblemTooLargeError(
             f"{len(problem.cost):,} options exceed the cap of {OPTION_CAP:,}; offer fewer bits or ranks"
         )
-    table = Table.of(problem)
-    relaxation = _relaxation(problem, table)
-    hunt = _Hunt(relaxation, problem.budget_bytes - relaxation.base.total_bytes, deadline)
-    if not hunt.proven:
-        near = relaxation.near
-        hunt.start(table.rows(near).survivors(relaxation.multiplier, relaxation.base.take(near), hunt.excess))
-    if not hunt.proven and perf_counter() < deadline:
-        hunt.prove(table.survivors(relaxation.multiplier, relaxation.base, hunt.excess))
-    return hunt.solution(problem, table.groups)
+    return Table.of(problem)
 
 
-def _relaxation(problem: Problem, table: Table) -> Relaxation:
-    least = table.least_bytes()
-    if least > problem.budget_bytes:
+def _check_feasible(least_bytes: int, budget_bytes: int) -> None:
+    if least_bytes > budget_bytes:
         raise InfeasibleError(
-            f"the smallest options take {least:,} bytes but the budget leaves {problem.budget_bytes:,}; "
-            f"raise it by {least - problem.budget_bytes:,} bytes or offer smaller options",
-            least,
+            f"the smallest options take {least_bytes:,} bytes but the budget leaves {budget_bytes:,}; "
+            f"raise it by {least_bytes - budget_bytes:,} bytes or offer smaller options",
+            least_bytes,
         )
-    return relax(table, problem.budget_bytes, least)
+
+
+def _search(
+    problem: Problem, table: Table, relaxation: Relaxation, budget_bytes: int, deadline: float
+) -> Solution:
+    """From the relaxation to a choice, proven where time and caps allow."""
+    multiplier, base, near = relaxation.multiplier, relaxation.base, relaxation.near
+    hunt = _Hunt(relaxation, budget_bytes - base.total_bytes, deadline)
+    if hunt.proven:
+        return hunt.solution(problem, table.groups)
+    candidates = table.rows(near).survivors(multiplier, base.take(near), hunt.excess)
+    hunt.pair(candidates)
+    if len(near) < len(table):
+        hunt.beam(candidates)
+        if hunt.proven or perf_counter() > deadline:
+            return hunt.solution(problem, table.groups)
+        candidates = table.survivors(multiplier, base, hunt.excess)
+    hunt.prove(candidates)
+    return hunt.solution(problem, table.groups)
 
 
 class _Hunt:
@@ -104,14 +168,16 @@ class _Hunt:
     def proven(self) -> bool:
         return self.floor >= self.excess
 
-    def start(self, candidates: Candidates) -> None:
-        """A first incumbent from the candidates near the break: the best swap of one or two, then a beam
-        around the swap that most cheaply brings the total close to the budget."""
-        multiplier = self.relaxation.multiplier
+    def pair(self, candidates: Candidates) -> None:
+        """A first incumbent: the best swap of one or two of the candidates."""
         candidates = candidates.take(_best_and_others(len(candidates), START_CANDIDATES))
-        excess, swaps = best_pair(candidates, self.slack_bytes, multiplier, math.inf)
+        excess, swaps = best_pair(candidates, self.slack_bytes, self.relaxation.multiplier, math.inf)
         if excess < self.excess:
             self.excess, self.swaps = excess, candidates.take(swaps)
+
+    def beam(self, candidates: Candidates) -> None:
+        """A better incumbent: a beam around the swap that most cheaply brings the total close to the budget."""
+        candidates = candidates.take(_best_and_others(len(candidates), START_CANDIDATES))
         anchor, others = self._anchor(candidates)
         self._pass_over(others.take(_best_and_others(len(others), BEAM_CANDIDATES)), anchor, *BEAM)
 
@@ -119,10 +185,11 @@ class _Hunt:
         """Searches all candidates, with growing caps, until the incumbent meets the floor."""
         nothing = candidates.take(np.arange(0))
         for cap, stage_cap in PASSES:
-            self.floor = max(self.floor, self._pass_over(candidates, nothing, cap, stage_cap))
             if self.proven or perf_counter() > self.deadline:
                 return
-        self._last_resort(candidates.take(candidates.reduced_cost < self.excess))
+            self.floor = max(self.floor, self._pass_over(candidates, nothing, cap, stage_cap))
+        if not self.proven:
+            self._last_resort(candidates.take(candidates.reduced_cost < self.excess))
 
     def _last_resort(self, candidates: Candidates) -> None:
         seconds = self.deadline - perf_counter()

@@ -1,7 +1,7 @@
 """The plan: what every layer gets, what it will cost, and the proof. Read and written as plan.json.
 
-What lives here: the schema, and making a plan of a solved problem. Solving is in `knapsack.py`; carrying the plan
-out is the compressor's.
+What lives here: the schema, its bytes, what a budget comes to, and a plan with another choice. Making plans of a menu
+is in `planner.py`, solving in `knapsack.py`; carrying the plan out is the compressor's.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from allocator.atomic import write_atomically
 from allocator.budget import Budget
+from allocator.constraints import Constraints, relief, smallest_constrained_bytes
 from allocator.errors import BudgetAboveOriginalError, InfeasibleError, PlanError
 from allocator.knapsack import solve
-from allocator.problem import Integers, Menu, Solution
+from allocator.problem import Integers, LayerMenu, Menu, Solution
 from allocator.storage import Option
+from allocator.verification import Verification
 
 SCHEMA_VERSION = 1
 MIB = 2**20
@@ -79,13 +81,18 @@ class Plan(Frozen):
     target: str | None
     layers: dict[str, PlanLayer]
     kept: dict[str, int]
+    verification: Verification | None = None
 
     @property
     def compressible_bytes(self) -> int:
         return sum(layer.bytes for layer in self.layers.values())
 
+    def document(self) -> bytes:
+        """plan.json."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
     def save(self, path: Path) -> None:
-        write_atomically(path, (self.model_dump_json(indent=1) + "\n").encode())
+        write_atomically(path, self.document())
 
 
 def load_plan(path: Path) -> Plan:
@@ -117,14 +124,15 @@ class _Version(BaseModel):
     schema_version: int
 
 
-def budget_bytes(menu: Menu, budget: Budget) -> int:
+def budget_bytes(menu: Menu, budget: Budget, constraints: Constraints | None = None) -> int:
     """Bytes of the whole checkpoint; raises when the budget cannot be met or asks for nothing."""
     total = budget.total_bytes(menu.original_bytes, menu.kept_bytes, menu.compressible_weights)
-    smallest = menu.kept_bytes + sum(int(layer.total_bytes.min()) for layer in menu.layers)
+    smallest = menu.smallest_bytes if constraints is None else smallest_constrained_bytes(menu, constraints)
     if total < smallest:
+        advice = "raise the budget" if constraints is None else relief(menu, constraints, smallest)
         raise InfeasibleError(
             f"budget {budget.text} is {total:,} bytes, but the smallest feasible plan takes {smallest:,} bytes"
-            f" ({describe_bytes(menu, smallest)}); raise the budget",
+            f" ({describe_bytes(menu, smallest)}); {advice}",
             smallest,
         )
     if total > menu.original_bytes:
@@ -151,47 +159,35 @@ def optimal_choice(menu: Menu, total_bytes: int) -> Solution:
     return solve(menu.problem(total_bytes))
 
 
-def make_plan(
-    menu: Menu,
-    choice: Integers,
-    *,
-    model: PlanModel,
-    profile_sha256: str,
-    budget: PlanBudget,
-    bound: Solution,
-    strategy: str,
-    interval_factors: tuple[float, float],
-) -> Plan:
-    """A plan of any strategy's choice, with `bound`, the optimum's certificate at the same bytes, beside it.
+def plan_layer(layer: LayerMenu, index: int) -> PlanLayer:
+    """What a plan says of a layer that takes the option `index` of its menu."""
+    option = layer.options[index]
+    return PlanLayer(
+        bits=option.bits,
+        rank=option.rank,
+        group_size=option.group_size,
+        factor_bits=option.factor_bits,
+        bytes=int(layer.total_bytes[index]),
+        error=float(layer.error[index]),
+        cost=float(layer.cost[index]),
+    )
 
-    interval_factors: the prediction interval's ends as multiples of the prediction.
-    """
-    layers = {}
-    for layer, index in zip(menu.layers, choice.tolist(), strict=True):
-        option = layer.options[index]
-        layers[layer.name] = PlanLayer(
-            bits=option.bits,
-            rank=option.rank,
-            group_size=option.group_size,
-            factor_bits=option.factor_bits,
-            bytes=int(layer.total_bytes[index]),
-            error=float(layer.error[index]),
-            cost=float(layer.cost[index]),
-        )
+
+def with_choice(plan: Plan, menu: Menu, choice: Integers, interval_factors: tuple[float, float]) -> Plan:
+    """The plan with another choice at the same budget; the certificate of the optimum stays beside it."""
+    layers = {
+        layer.name: plan_layer(layer, index)
+        for layer, index in zip(menu.layers, choice.tolist(), strict=True)
+    }
     predicted_kl = sum(layer.cost for layer in layers.values())
-    return Plan(
-        schema_version=SCHEMA_VERSION,
-        model=model,
-        profile_sha256=profile_sha256,
-        budget=budget,
-        total_bytes=menu.kept_bytes + sum(layer.bytes for layer in layers.values()),
-        predicted_kl=predicted_kl,
-        predicted_kl_interval=(predicted_kl * interval_factors[0], predicted_kl * interval_factors[1]),
-        lower_bound=bound.lower_bound,
-        gap=max(0.0, predicted_kl - bound.lower_bound),
-        shadow_price=bound.shadow_price * MIB,
-        strategy=strategy,
-        target=None,
-        layers=layers,
-        kept=menu.kept,
+    return plan.model_copy(
+        update={
+            "layers": layers,
+            "total_bytes": plan.total_bytes
+            - plan.compressible_bytes
+            + sum(layer.bytes for layer in layers.values()),
+            "predicted_kl": predicted_kl,
+            "predicted_kl_interval": (predicted_kl * interval_factors[0], predicted_kl * interval_factors[1]),
+            "gap": max(0.0, predicted_kl - plan.lower_bound),
+        }
     )

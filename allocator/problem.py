@@ -9,6 +9,7 @@ Shapes: G groups (layers), N options over all groups.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,22 +100,27 @@ class LayerMenu:
         return self.rows * self.columns
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Menu:
     """Every layer's options, and the tensors that no option touches (`kept`, bytes by name)."""
 
     layers: tuple[LayerMenu, ...]
     kept: dict[str, int]
 
-    @property
+    @cached_property
     def kept_bytes(self) -> int:
         return sum(self.kept.values())
 
-    @property
+    @cached_property
     def original_bytes(self) -> int:
         return self.kept_bytes + sum(layer.original_bytes for layer in self.layers)
 
-    @property
+    @cached_property
+    def smallest_bytes(self) -> int:
+        """Bytes of the whole checkpoint with every layer at its smallest option."""
+        return self.kept_bytes + sum(int(layer.total_bytes.min()) for layer in self.layers)
+
+    @cached_property
     def compressible_weights(self) -> int:
         return sum(layer.weights for layer in self.layers)
 

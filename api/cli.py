@@ -9,14 +9,19 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from api import job_cli, service_cli
+from api import export_cli, job_cli, service_cli
+from api.progress import ProgressLine, progress
+
+if TYPE_CHECKING:
+    from allocator.plan import Plan
+    from allocator.verification import Verification
 
 app = typer.Typer(
     name="bitrank",
@@ -41,14 +46,21 @@ class Interrupted(BaseException):
 
 def main() -> None:
     """Run the command line; every error a user can mend becomes one line on stderr and an exit code."""
-    from allocator.errors import BitrankError, BudgetSyntaxError, InfeasibleError, StrategyError
+    from allocator.errors import (
+        BitrankError,
+        BudgetSyntaxError,
+        FormatError,
+        InfeasibleError,
+        StrategyError,
+        TargetError,
+    )
 
     signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except InfeasibleError as error:
         sys.exit(_complain(error, 3))
-    except (BudgetSyntaxError, StrategyError) as error:
+    except (BudgetSyntaxError, FormatError, StrategyError, TargetError) as error:
         sys.exit(_complain(error, 2))
     except (BitrankError, OSError) as error:
         sys.exit(_complain(error, 1))
@@ -119,12 +131,15 @@ def profile(
     rank_group_sizes: Annotated[
         str | None, typer.Option(help="Group sizes to measure ranks at, 64 if absent; more are slow.")
     ] = None,
+    factor_bits: Annotated[
+        str, typer.Option(help="Bits of low-rank factors to measure; vLLM serves 16.")
+    ] = "4",
     device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
     """Measure a model once, so that every budget can be planned from it."""
     from api.usecases import profile_model
-    from profiler.profile import ProfileSettings
+    from profiler.run import ProfileSettings
 
     widths = _numbers(bits, "--bits", {2, 3, 4, 5, 6, 8})
     settings = ProfileSettings(
@@ -138,6 +153,7 @@ def profile(
         rank_group_sizes=None
         if rank_group_sizes is None
         else _numbers(rank_group_sizes, "--rank-group-sizes", {32, 64, 128}),
+        factor_bits=_numbers(factor_bits, "--factor-bits", {4, 8, 16}),
     )
     report = progress()
     made = profile_model(model, output, settings, report)
@@ -161,31 +177,90 @@ def profile(
 
 @app.command()
 def plan(
-    profile_path: ProfileDirectory,
+    profile: Annotated[
+        str,
+        typer.Argument(
+            metavar="PROFILE", help="A directory `bitrank profile` wrote; with --server, a model's name."
+        ),
+    ],
     budget: Annotated[str | None, typer.Option(help="700MiB, 1.5GB, 25% or 3.25bpw.")] = None,
     strategy: Annotated[str, typer.Option(help="optimal, uniform:3, uniform:3:r64, …")] = "optimal",
+    target: Annotated[
+        str | None,
+        typer.Option(help="Only what this runtime executes: vllm, llm-compressor, gptqmodel, llama.cpp."),
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Have a service plan, profiling first if need be; key in BITRANK_KEY.")
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Measure the plan beside uniform at the same bytes; takes minutes."),
+    ] = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Plan file to write.")] = Path("plan.json"),
+    device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
     """Decide every layer's bits and rank for one budget, with a certificate."""
-    from api.usecases import bits_per_weight, plan_budget
-    from profiler.profile import load_profile
-
-    loaded = load_profile(profile_path)
-    made = plan_budget(loaded, budget, strategy)
+    if server is None:
+        made, size = _planned_here(Path(profile), budget, strategy, target, verify, device)
+    else:
+        made, size = _planned_there(server, profile, budget, strategy, target, verify), ""
     made.save(output)
+    if made.verification is not None and made.verification.verdict == "worse":
+        print(f"bitrank: {describe_verification(made.verification)}", file=sys.stderr)
     if json_output:
         return print(made.model_dump_json(indent=1))
     low, high = made.predicted_kl_interval
-    print(f"{output}: {made.total_bytes:,} bytes, {bits_per_weight(loaded.menu, made.total_bytes):.3f} bpw")
+    print(f"{output}: {made.total_bytes:,} bytes{size}")
     print(f"predicted KL {made.predicted_kl:.4f} nats/token (90 % interval {low:.4f} to {high:.4f})")
     print(f"no plan from these options loses less than {made.lower_bound:.4f} (gap {made.gap:.2g})")
     print(f"one more MiB saves {made.shadow_price:.4g} nats/token")
+    if made.verification is not None:
+        print(describe_verification(made.verification))
     counts: dict[str, int] = {}
     for layer in made.layers.values():
         key = f"{layer.bits} bits" + (f" + rank {layer.rank}" if layer.rank else "")
         counts[key] = counts.get(key, 0) + 1
     print(", ".join(f"{count} layers at {key}" for key, count in sorted(counts.items())))
+
+
+def describe_verification(found: Verification) -> str:
+    """What was measured, in one sentence."""
+    measured = f"measured KL {found.measured_kl:.4f} ± {found.standard_error:.4f} nats/token"
+    if found.uniform_kl is None:
+        return f"{measured}; there is no uniform plan on both sides of these bytes to compare with"
+    beside = f"uniform at the same bytes {found.uniform_kl:.4f}"
+    if found.verdict == "worse":
+        return f"{measured}, {beside}: this plan loses; take a uniform one, or profile with more text"
+    return f"{measured}, {beside}: {found.verdict}" + (", after a swap" if found.swapped else "")
+
+
+def _planned_here(
+    profile: Path, budget: str | None, strategy: str, target: str | None, verify: bool, device: str
+) -> tuple[Plan, str]:
+    """The plan, and how its size is told in bits per weight."""
+    from api.usecases import bits_per_weight, check_planning, plan_budget, verify_plan
+    from profiler.profile import load_profile
+
+    check_planning(budget, strategy, False, target)
+    loaded = load_profile(profile)
+    made = plan_budget(loaded, budget, strategy, target=target)
+    if verify:
+        made = verify_plan(made, loaded, progress(), device)
+    return made, f", {bits_per_weight(loaded.menu, made.total_bytes):.3f} bpw"
+
+
+def _planned_there(
+    server: str, model: str, budget: str | None, strategy: str, target: str | None, verify: bool
+) -> Plan:
+    import os
+
+    from api.client import plan_on_server
+    from api.usecases import check_planning
+
+    check_planning(budget, strategy, False, target)
+    key = os.environ.get("BITRANK_KEY")
+    return plan_on_server(server, key, model, budget, strategy, ProgressLine(), target, verify)
 
 
 @app.command()
@@ -290,62 +365,9 @@ def evaluate(
         print(f"\n{sample.prompt}\n  original:   {sample.reference!r}\n  compressed: {sample.compressed!r}")
 
 
+export_cli.register(app)
 service_cli.register(app)
 job_cli.register(app)
-
-
-class ProgressLine:
-    """Progress on stderr: a bar with the time left on a terminal, now and then a line elsewhere.
-
-    Also keeps how long each stage took, in `seconds`.
-    """
-
-    def __init__(self) -> None:
-        from time import monotonic
-
-        self._clock: Callable[[], float] = monotonic
-        self._stage = ""
-        self._entered = self._shown = monotonic()
-        self._first = 0
-        self.seconds: dict[str, float] = {}
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = self._clock()
-        if stage != self._stage:
-            self.seconds[stage] = 0.0
-            self._first = done if stage == "sweep" else 0
-            since = self._entered if not self._stage else now
-            self._stage, self._entered, self._shown = stage, since, 0.0
-        self.seconds[stage] = now - self._entered
-        terminal = sys.stderr.isatty()
-        if done < total and now - self._shown < (0.1 if terminal else 10):
-            return
-        self._shown = now
-        print(
-            self._line(now, done, total), file=sys.stderr, end=self._end(terminal, done == total), flush=True
-        )
-
-    def _line(self, now: float, done: int, total: int) -> str:
-        steps = done - self._first
-        left = (now - self._entered) / steps * (total - done) if steps > 0 else 0.0
-        filled = "█" * (24 * done // max(1, total))
-        return f"{self._stage:28} {filled:24} {done}/{total}  {now - self._entered:.0f} s, {left:.0f} s left "
-
-    def _end(self, terminal: bool, complete: bool) -> str:
-        return "\n" if complete or not terminal else "\r"
-
-
-def progress() -> ProgressLine:
-    _quiet_libraries()
-    return ProgressLine()
-
-
-def _quiet_libraries() -> None:
-    import transformers
-
-    log: Any = transformers.utils.logging
-    log.set_verbosity_error()
-    log.disable_progress_bar()
 
 
 def peak_memory_bytes() -> int:

@@ -66,14 +66,27 @@ class Client:
         budget: str | None,
         strategy: str = "optimal",
         constraints: dict[str, Any] | None = None,
+        target: str | None = None,
+        verify: bool = False,
     ) -> Plan | JobRecord:
-        """The plan, or the job that profiles the model and then plans."""
-        wanted = {"model": model, "budget": budget, "strategy": strategy, "constraints": constraints}
+        """The plan, or the job that profiles the model, plans, and measures the plan if that is asked for."""
+        wanted = {
+            "model": model,
+            "budget": budget,
+            "strategy": strategy,
+            "constraints": constraints,
+            "target": target,
+            "verify": verify or None,
+        }
         answer = self._post("/v1/plans", {k: v for k, v in wanted.items() if v is not None})
         return _read(JobRecord, answer) if answer.status_code == 202 else _read(Plan, answer)
 
     def read_plan(self, plan_id: str) -> Plan:
         return _read(Plan, self._get(f"/v1/plans/{plan_id}"))
+
+    def export(self, plan_id: str, format_name: str) -> str:
+        """The plan as another tool reads it."""
+        return self._get(f"/v1/plans/{plan_id}/export", {"format": format_name}).text
 
     def profiles(self, model: str | None = None, cursor: str | None = None) -> ProfilePage:
         given = {"model": model, "cursor": cursor}
@@ -162,14 +175,21 @@ class Client:
 
 
 def plan_on_server(
-    url: str, key: str | None, model: str, budget: str | None, strategy: str, progress: Progress
+    url: str,
+    key: str | None,
+    model: str,
+    budget: str | None,
+    strategy: str,
+    progress: Progress,
+    target: str | None = None,
+    verify: bool = False,
 ) -> Plan:
     """A plan from a remote service, profiled there first if need be. What `bitrank plan --server` calls.
 
     Raises `InfeasibleError`, `BudgetSyntaxError`, `StrategyError` as planning here does, else `ServiceError`.
     """
     with Client(url, key) as client:
-        answer = client.plan(model, budget, strategy)
+        answer = client.plan(model, budget, strategy, target=target, verify=verify)
         if isinstance(answer, Plan):
             return answer
         job = client.wait(answer.id, progress)

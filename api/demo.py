@@ -36,7 +36,7 @@ PROBE_BITS = 3
 
 def run_demo(output: Path, progress: Progress) -> dict[str, Any]:
     """Run the demo into `output`: profile/, plans, checkpoints/ and report.html. Repeated runs reuse the profile."""
-    from profiler.profile import ProfileSettings
+    from profiler.run import ProfileSettings
 
     profile = usecases.profile_model("demo", output / "profile", ProfileSettings(), progress)
     uniform = {bits: usecases.plan_budget(profile, None, f"uniform:{bits}") for bits in UNIFORM_BITS}

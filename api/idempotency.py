@@ -60,20 +60,22 @@ class Idempotency:
         await self._carry_out(scope, replayed(body, receive), send, owner, key)
 
     async def _carry_out(self, scope: Scope, receive: Receive, send: Send, owner: str, key: str) -> None:
-        answer = Recorder(send)
+        answer = Recorder()
         try:
             await self._app(scope, receive, answer)
         finally:
             keep = 200 <= answer.status < 500 and answer.status not in (401, 403, 408, 413, 429)
             save = self._answers.store if keep else self._answers.release
             await run_in_threadpool(save, owner, key, answer)
+        for message in answer.messages:
+            await send(message)
 
 
 class Recorder:
-    """A `send` that passes an answer on and keeps a copy."""
+    """A `send` that holds an answer back until it is stored: whoever has it can have it repeated."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
         self.status = 0
         self.headers: dict[str, str] = {}
         self.body = b""
@@ -85,7 +87,7 @@ class Recorder:
             self.headers = {name: headers[name] for name in REPEATED if name in headers}
         elif message["type"] == "http.response.body":
             self.body += message.get("body", b"")
-        await self._send(message)
+        self.messages.append(message)
 
 
 class Answers:

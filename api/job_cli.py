@@ -46,16 +46,22 @@ def worker(
     import signal
     import threading
 
+    from api.observability import configure_logging, log
+    from api.tracing import flush_traces, start_tracing
     from api.worker import Worker
 
+    settings = _settings(data_dir)
+    configure_logging(settings.log_level)
+    start_tracing("bitrank-worker")
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     if while_stdin_is_open:
         threading.Thread(target=_until_stdin_closes, args=(stop,), daemon=True).start()
-    working = Worker(_settings(data_dir), device, dead_after)
-    print(f"bitrank: worker {working.id} on {device}", file=sys.stderr)
+    working = Worker(settings, device, dead_after)
+    log.info("working", worker=working.id, device=device)
     working.run(stop)
+    flush_traces()
     os._exit(0)  # a computation under way would not end for minutes, and is another worker's by now
 
 

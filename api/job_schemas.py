@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from allocator.targets import TargetName
+
 Kind = Literal["profile", "plan", "batch", "compression", "evaluation"]
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 UNFINISHED: tuple[State, ...] = ("queued", "running")
@@ -81,6 +83,7 @@ class ProfileOptions(Request):
     bits: Annotated[tuple[int, ...], Field(min_length=1, max_length=16)] | None = None
     ranks: Annotated[tuple[int, ...], Field(min_length=1, max_length=32)] | None = None
     group_sizes: Annotated[tuple[int, ...], Field(min_length=1, max_length=8)] | None = None
+    factor_bits: Annotated[tuple[int, ...], Field(min_length=1, max_length=3)] | None = None
 
 
 class ProfileJob(Request):
@@ -92,11 +95,12 @@ class ProfileJob(Request):
 
 
 class PlanJob(ProfileJob):
-    """Profile the model if that is not done yet, then plan; `verify` carries the plan out and measures it."""
+    """Profile the model if that is not done yet, then plan; `verify` measures the plan beside uniform."""
 
     budget: str | None = None
     strategy: str = "optimal"
     constraints: dict[str, Any] | None = None
+    target: TargetName | None = None
     verify: bool = False
 
 
@@ -106,6 +110,7 @@ class BatchEntry(ProfileJob):
     budgets: Annotated[tuple[str, ...], Field(min_length=1, max_length=1_000)]
     strategy: str = "optimal"
     constraints: dict[str, Any] | None = None
+    target: TargetName | None = None
 
 
 class BatchJob(Request):

@@ -172,6 +172,8 @@ def settings_environment(settings: Settings) -> dict[str, str]:
     return {
         "BITRANK_DATA_DIR": str(settings.data_dir),
         "BITRANK_DATABASE_URL": settings.database_url,
+        "BITRANK_DATABASE_PASSWORD": settings.database_password,
+        "BITRANK_STORE": settings.store,
         "BITRANK_MODEL_ROOTS": os.pathsep.join(map(str, settings.model_roots)),
         "BITRANK_HUB": str(settings.hub).lower(),
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),

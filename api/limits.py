@@ -58,12 +58,13 @@ class BodyLimit:
 
 class HostCheck:
     """Middleware: on loopback only loopback names are taken as Host, so that no web page reaches the service by
-    a name of its own that it points here. Elsewhere only `allowed_hosts`, where given."""
+    a name of its own that it points here. Elsewhere only `allowed_hosts` and, for health checks, loopback names, where
+    hosts are given."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
         self._allowed = set(settings.allowed_hosts)
-        if not settings.needs_keys:
+        if self._allowed or not settings.needs_keys:
             self._allowed |= {*LOOPBACK_NAMES, settings.host}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

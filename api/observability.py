@@ -1,4 +1,4 @@
-"""What operators see: JSON logs with request ids, and Prometheus metrics. Never a key, a body or a query string."""
+"""What operators see: JSON logs with request and job ids, Prometheus metrics. Never a key, a body or a query string."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.problems import ProblemError, database_away
+from api.tracing import annotate
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+JOB = re.compile(r"/v1/jobs/(?P<id>[0-9a-f-]{36})(/cancel|/events)?")
 FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.1, 0.25, 1.0, 5.0)
 SLOW_SECONDS = 1.0
 log = structlog.stdlib.get_logger("bitrank")
@@ -52,6 +54,7 @@ def configure_logging(level: str = "info") -> None:
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("dbos").addHandler(logging.NullHandler())  # or the engine adds one that writes no JSON
 
 
 class Metrics:
@@ -108,13 +111,17 @@ class Observation:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
         structlog.contextvars.bind_contextvars(request_id=request_id)
+        annotate({"bitrank.request_id": request_id})
         started, status = perf_counter(), 0
 
         async def observed(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                status, headers = message["status"], MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if (job := JOB.fullmatch(headers.get("location", scope["path"]))) is not None:
+                    structlog.contextvars.bind_contextvars(job_id=job["id"])
+                    annotate({"bitrank.job_id": job["id"]})
             await send(message)
 
         try:

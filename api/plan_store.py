@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass, field
 from hashlib import sha256
 from threading import Lock
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
@@ -15,6 +17,20 @@ from api.problems import ProblemError
 from api.settings import Settings
 
 ID_LENGTH = 32
+MOST_CACHED_BYTES = 64 * 2**20
+TABLE = PlanRow.__table__
+INSERT = {
+    dialect.__name__.rpartition(".")[2]: dialect.insert(TABLE).on_conflict_do_nothing(index_elements=["id"])
+    for dialect in (sqlite, postgresql)
+}
+
+
+@dataclass(slots=True)
+class Commit:
+    """Rows that go to the database in one transaction, and the error that met them."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    error: Exception | None = None
 
 
 class PlanStore:
@@ -22,24 +38,31 @@ class PlanStore:
 
     def __init__(self, settings: Settings, database: Database) -> None:
         self._database = database
+        self._insert = INSERT[database.engine.dialect.name]
         self._capacity = settings.cached_plans
         self._cached: OrderedDict[str, bytes] = OrderedDict()
+        self._cached_bytes = 0
         self._lock = Lock()
+        self._next = Commit()
+        self._committing = Lock()
 
     def save(self, plan: Plan, owner: str | None) -> tuple[str, bytes]:
-        """Store a plan; returns its id and document. The same plan has the same id, and is stored once."""
-        plan_id, document = addressed(plan)
-        build = sqlite.insert if self._database.is_sqlite else postgresql.insert
-        statement = build(PlanRow).values(
-            id=plan_id,
-            profile_id=plan.profile_sha256,
-            predicted_kl=plan.predicted_kl,
-            document=document,
-            owner=owner,
-            created_at=now(),
+        """Store a plan; returns its id and document. The same plan has the same id, and is stored once.
+
+        Plans that arrive while others are written wait and share the next transaction.
+        """
+        document = plan.document()
+        plan_id = sha256(document).hexdigest()[:ID_LENGTH]
+        self._write(
+            {
+                "id": plan_id,
+                "profile_id": plan.profile_sha256,
+                "predicted_kl": plan.predicted_kl,
+                "document": document,
+                "owner": owner,
+                "created_at": now(),
+            }
         )
-        with self._database.engine.begin() as connection:
-            connection.execute(statement.on_conflict_do_nothing(index_elements=["id"]))
         self._remember(plan_id, document)
         return plan_id, document
 
@@ -62,15 +85,28 @@ class PlanStore:
         """The parsed plan. Raises `ProblemError` (unknown-plan)."""
         return Plan.model_validate_json(self.read(plan_id))
 
+    def _write(self, row: dict[str, Any]) -> None:
+        with self._lock:
+            commit = self._next
+            commit.rows.append(row)
+        with self._committing:
+            if commit is self._next:
+                self._commit(commit)
+        if commit.error is not None:
+            raise commit.error
+
+    def _commit(self, commit: Commit) -> None:
+        with self._lock:
+            self._next = Commit()
+        try:
+            with self._database.engine.begin() as connection:
+                connection.execute(self._insert, commit.rows)
+        except Exception as error:
+            commit.error = error
+
     def _remember(self, plan_id: str, document: bytes) -> None:
         with self._lock:
+            self._cached_bytes += len(document) - len(self._cached.pop(plan_id, b""))
             self._cached[plan_id] = document
-            self._cached.move_to_end(plan_id)
-            while len(self._cached) > self._capacity:
-                self._cached.popitem(last=False)
-
-
-def addressed(plan: Plan) -> tuple[str, bytes]:
-    """The id of a plan, and plan.json."""
-    document = (plan.model_dump_json(indent=1) + "\n").encode()
-    return sha256(document).hexdigest()[:ID_LENGTH], document
+            while len(self._cached) > self._capacity or self._cached_bytes > MOST_CACHED_BYTES:
+                self._cached_bytes -= len(self._cached.popitem(last=False)[1])

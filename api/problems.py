@@ -22,8 +22,10 @@ from allocator.errors import (
     BudgetAboveOriginalError,
     BudgetSyntaxError,
     ConstraintError,
+    ExportError,
     InfeasibleError,
     StrategyError,
+    TargetError,
 )
 
 MEDIA_TYPE = "application/problem+json"
@@ -53,6 +55,8 @@ TITLES: dict[str, tuple[int, str]] = {
     "infeasible": (422, "No plan fits the budget"),
     "strategy": (422, "The strategy cannot be followed"),
     "constraint": (422, "The constraints contradict each other or the model"),
+    "target": (422, "The target is not known"),
+    "export": (422, "The plan cannot be written in this format"),
     "unusable": (422, "What the request names cannot be used"),
     "idempotency-key-reused": (422, "The Idempotency-Key belongs to another request"),
     "too-many-requests": (429, "Too many requests"),
@@ -85,6 +89,8 @@ BY_ERROR: tuple[tuple[type[BitrankError], str], ...] = (
     (InfeasibleError, "infeasible"),
     (StrategyError, "strategy"),
     (ConstraintError, "constraint"),
+    (TargetError, "target"),
+    (ExportError, "export"),
     (BitrankError, "unusable"),
 )
 

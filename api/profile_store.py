@@ -13,7 +13,6 @@ from pathlib import Path
 from threading import Lock
 from time import monotonic
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 from sqlalchemy import and_, or_, select
 from sqlalchemy.exc import IntegrityError
@@ -23,6 +22,7 @@ from api.cursor import decode_cursor, encode_cursor
 from api.database import Database, ModelRow, ProfileRow
 from api.problems import ProblemError
 from api.settings import Settings
+from api.store import open_store, whole
 
 if TYPE_CHECKING:
     from profiler.profile import Profile
@@ -32,11 +32,12 @@ FOUND_SECONDS = 1.0
 
 
 class ProfileStore:
-    """The profiles under `<data_dir>/profiles/<sha256>/`."""
+    """The profiles under `<data_dir>/profiles/<sha256>/`, fetched there where another machine made them."""
 
     def __init__(self, settings: Settings, database: Database) -> None:
         self._folder = settings.profiles_dir
         self._database = database
+        self._store = open_store(settings)
         self._capacity = settings.cached_profiles
         self._cached: OrderedDict[str, Profile] = OrderedDict()
         self._found: dict[str, tuple[float, str]] = {}
@@ -51,22 +52,12 @@ class ProfileStore:
 
         profile = load_profile(directory)
         target = self.directory(profile.sha256)
-        if not (target / "profile.json").exists():
-            self._copy(directory, target)
+        if not target.exists():
+            with whole(target) as temporary:
+                shutil.copytree(directory, temporary, ignore=shutil.ignore_patterns(".*"))
+        self._store.publish(_address(profile.sha256), target, sorted(target.iterdir()))
         self._insert(profile, model or _name(profile))
         return profile.sha256
-
-    def _copy(self, directory: Path, target: Path) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        temporary = self._folder / f".{target.name}.{uuid4().hex}.tmp"
-        try:
-            shutil.copytree(directory, temporary, ignore=shutil.ignore_patterns(".*"))
-            temporary.rename(target)
-        except OSError:
-            if not (target / "profile.json").exists():
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def _insert(self, profile: Profile, model: str) -> None:
         document, menu = profile.document, profile.menu
@@ -76,7 +67,7 @@ class ProfileStore:
             weights_sha256=document.model.weights_sha256,
             layer_count=len(document.layers),
             original_bytes=menu.original_bytes,
-            smallest_bytes=menu.kept_bytes + sum(int(layer.total_bytes.min()) for layer in menu.layers),
+            smallest_bytes=menu.smallest_bytes,
         )
         known = ModelRow(
             id=model,
@@ -133,6 +124,8 @@ class ProfileStore:
 
     def load(self, profile_id: str) -> Profile:
         """The parsed profile, from memory where it was used lately. Raises `ProblemError` (unknown-profile)."""
+        if profile_id not in self._cached:
+            self._bring(profile_id)
         with self._lock:
             if profile_id in self._cached:
                 self._cached.move_to_end(profile_id)
@@ -150,10 +143,15 @@ class ProfileStore:
             with suppress(BitrankError, ProblemError):
                 self.load(row.id)
 
+    def _bring(self, profile_id: str) -> None:
+        """The directory of a profile that another machine made, outside the lock: others need not wait for it."""
+        self.row(profile_id)
+        if not self.directory(profile_id).exists():
+            self._store.restore(_address(profile_id), self.directory(profile_id))
+
     def _read(self, profile_id: str) -> Profile:
         from profiler.profile import load_profile
 
-        self.row(profile_id)
         profile = load_profile(self.directory(profile_id))
         _ = profile.menu
         return profile
@@ -163,6 +161,10 @@ def _name(profile: Profile) -> str:
     """The name of a profile made by the command line: a hub id or `demo` as it is, a directory by its last part."""
     model = profile.document.model.id
     return Path(model).name if Path(model).is_absolute() or model.count("/") > 1 else model
+
+
+def _address(profile_id: str) -> str:
+    return f"profiles/{profile_id}"
 
 
 def _unknown(profile_id: str) -> ProblemError:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from allocator.constraints import Ban, BitsRange, Constraints, Pattern, Pin, QualityFloor
+from allocator.targets import TargetName
 from api.catalogue import MODEL_PATTERN
 from api.report import CurveFit, MeasuredError, OptimalPoint, UniformPoint
 
@@ -42,6 +43,9 @@ StrategyText = Annotated[
         description="optimal, uniform:BITS[:rRANK][:gGROUP] or progressive[:fall|:rise].",
         examples=["optimal", "uniform:3", "uniform:3:r64"],
     ),
+]
+Target = Annotated[
+    TargetName, Field(description="The runtime that will serve the model; only what it executes is planned.")
 ]
 Glob = Annotated[str, Field(min_length=1, max_length=200, examples=["*.mlp.*"])]
 Bits = Annotated[int, Field(ge=0, le=16)]
@@ -127,6 +131,10 @@ class PlanRequest(Request):
     budget: BudgetText | None = None
     strategy: StrategyText = "optimal"
     constraints: PlanConstraints | None = None
+    target: Target | None = None
+    verify: Annotated[
+        bool, Field(description="Measure the plan beside uniform at the same bytes; always a job.")
+    ] = False
 
 
 class ProfileSettingsRequest(Request):
@@ -139,6 +147,7 @@ class ProfileSettingsRequest(Request):
         Annotated[tuple[Annotated[int, Field(ge=0, le=4096)], ...], Field(min_length=1, max_length=16)] | None
     ) = None
     group_sizes: Annotated[tuple[Literal[32, 64, 128], ...], Field(min_length=1, max_length=3)] | None = None
+    factor_bits: Annotated[tuple[Literal[4, 8, 16], ...], Field(min_length=1, max_length=3)] | None = None
 
 
 class ProfileRequest(Request):
@@ -158,6 +167,8 @@ class BatchEntry(Request):
     model: ModelName
     budgets: Annotated[tuple[BudgetText, ...], Field(min_length=1, max_length=1_000)]
     strategy: StrategyText = "optimal"
+    constraints: PlanConstraints | None = None
+    target: Target | None = None
     settings: ProfileSettingsRequest = ProfileSettingsRequest()
 
 

@@ -19,9 +19,12 @@ class SettingsError(BitrankError):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The service's settings. Every field but `host` and `port` is read from `BITRANK_<FIELD>`.
+    """The service's settings. Every field but `host` and `port` is read from `BITRANK_<FIELD>`, or from the file that
+    `BITRANK_<FIELD>_FILE` names, so that a secret need not lie in the environment.
 
-    data_dir holds profiles/, checkpoints/ and, by default, the database. model_roots are the folders whose
+    data_dir holds profiles/, checkpoints/ and, by default, the database. database_password goes with a database_url
+    that has none. store is an fsspec URL where machines that
+    share no disk find each other's outputs. model_roots are the folders whose
     models may be named in a request. requests_per_second and burst limit each API key; queue_quota is the most
     unfinished jobs of one owner. head_seconds and body_seconds are how long the head and the body of a request may
     take to arrive, unread_seconds how long a client may leave an answer unread.
@@ -29,6 +32,8 @@ class Settings:
 
     data_dir: Path = Path.home() / ".local" / "share" / "bitrank"
     database_url: str = ""
+    database_password: str = ""
+    store: str = ""
     model_roots: tuple[Path, ...] = ()
     hub: bool = True
     host: str = "127.0.0.1"
@@ -57,14 +62,21 @@ class Settings:
         values: dict[str, object] = {}
         for field in fields(cls):
             name = PREFIX + field.name.upper()
-            if field.name not in ("host", "port") and environment.get(name):
-                values[field.name] = _read(name, str(field.type), environment[name])
+            if field.name not in ("host", "port") and (text := _given(name, environment)):
+                values[field.name] = _read(name, str(field.type), text)
         return cls(**values)  # type: ignore[arg-type]
 
     @property
     def url(self) -> str:
-        """The database: the one given, or a file of the data directory."""
-        return self.database_url or f"sqlite:///{self.data_dir / 'bitrank.db'}"
+        """The database: the one given, with its password, or a file of the data directory."""
+        if not self.database_url:
+            return f"sqlite:///{self.data_dir / 'bitrank.db'}"
+        if not self.database_password:
+            return self.database_url
+        from sqlalchemy import make_url
+
+        url = make_url(self.database_url).set(password=self.database_password)
+        return url.render_as_string(hide_password=False)
 
     @property
     def profiles_dir(self) -> Path:
@@ -80,7 +92,7 @@ class Settings:
         return not is_loopback(self.host)
 
     def __repr__(self) -> str:
-        """Without the database URL, which may hold a password."""
+        """Without the URLs, which may hold a password."""
         return f"Settings(data_dir={self.data_dir}, host={self.host}, port={self.port})"
 
 
@@ -91,6 +103,17 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _given(name: str, environment: Mapping[str, str]) -> str | None:
+    """The variable, or the contents of the file that its twin with _FILE names."""
+    file = environment.get(f"{name}_FILE")
+    if environment.get(name) or not file:
+        return environment.get(name)
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{name}_FILE names {file}, which cannot be read ({error}); check it") from error
 
 
 def _read(name: str, kind: str, text: str) -> object:

@@ -1,11 +1,14 @@
 """What workers compute for jobs: profiling steps, plans, checkpoints, measurements.
 
 What lives here: each task as a method from a JSON-able request to a JSON-able result, every one idempotent: what is
-already on the shared data directory is found, not made again. In which order is for `workflows.py`.
+already in the data directory or the store is found, not made again. In which order is for `workflows.py`.
 
     <data_dir>/runs/<digest>/profile    a profile being made, kept when finished as the answer to the same request
     <data_dir>/profiles/<sha256>        finished profiles
     <data_dir>/checkpoints/<plan id>    finished checkpoints
+
+Where machines share no disk, the store has the same names, and a run's steps as outputs of their own until it is
+finished: runs/<digest>/begin, inputs-<n>, block-<n>, and at the end profile alone.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocator.errors import BitrankError, BudgetSyntaxError, StrategyError
+from allocator.errors import BitrankError
 from api.catalogue import Catalogue
 from api.database import Database, EvaluationRow
 from api.job_schemas import EvaluationJob, JobProgress, PlanJob, ProfileJob, ProfileOptions
@@ -29,10 +32,12 @@ from api.plan_store import PlanStore
 from api.problems import problem_of
 from api.profile_store import ProfileStore
 from api.settings import Settings
+from api.store import open_store
 
 if TYPE_CHECKING:
     from allocator.plan import Plan
-    from profiler.profile import Profile, ProfileRun, ProfileSettings
+    from profiler.profile import Profile
+    from profiler.run import ProfileRun, ProfileSettings
 
 REPORT_SECONDS = 0.5
 LOCK_SECONDS = 0.2
@@ -86,7 +91,13 @@ class Tasks:
         self._catalogue = Catalogue(settings)
         self._profiles = ProfileStore(settings, database)
         self._plans = PlanStore(settings, database)
+        self._store = open_store(settings)
         self._run: tuple[Json, ProfileRun] | None = None
+
+    @property
+    def worker(self) -> str:
+        """The id of the worker these tasks are computed by."""
+        return self._executor.id
 
     def run(self, name: str, request: Json, report: Reporter) -> Json:
         """The result of the task of that name."""
@@ -96,34 +107,40 @@ class Tasks:
             "finish": self.finish,
             "plan": self.plan,
             "compress": self.compress,
+            "verify": self.verify,
             "evaluate": self.evaluate,
         }
         return tasks[name](request, report)
 
     def begin(self, request: Json, report: Reporter) -> Json:
         """The id of the profile where it is made already; otherwise statistics on disk and the number of blocks."""
-        from profiler.profile import begin_profile, is_finished, load_profile
+        from profiler.run import begin_profile
 
         job = ProfileJob.model_validate(request)
         if job.settings == ProfileOptions() and (known := self._profiles.find(job.model)) is not None:
             return {"profile_id": known}
         run = self._opened(job)
         with self._alone(run, "begin"):
-            if is_finished(run.output, run.request):
-                return self._registered(load_profile(run.output).path, job.model)
-            run.output.parent.mkdir(parents=True, exist_ok=True)
-            begin_profile(run, report)
+            if self._is_finished(run):
+                return self._registered(run.output, job.model)
+            if not self._store.has(address(run, "begin")):
+                run.output.parent.mkdir(parents=True, exist_ok=True)
+                begin_profile(run, report)
+                self._publish_begun(run)
         return {"blocks": run.block_count}
 
     def block(self, request: Json, report: Reporter) -> Json:
         """Sweep one block; `measured` names the layers that were not on disk yet."""
-        from profiler.profile import is_finished, sweep_block
+        from profiler.run import sweep_block
 
         run, index = self._opened(ProfileJob.model_validate(request["profile"])), int(request["block"])
-        with self._alone(run, f"block-{index}"):
-            if is_finished(run.output, run.request):
+        step = f"block-{index}"
+        with self._alone(run, step):
+            if self._is_finished(run) or self._store.has(address(run, step)):
                 return {"measured": []}
+            self._fetch_begun(run, index)
             measured = sweep_block(run, index, report)
+            self._store.publish(address(run, step), run.output, swept_files(run, index))
         report.event(
             "block",
             {
@@ -137,14 +154,21 @@ class Tasks:
 
     def finish(self, request: Json, report: Reporter) -> Json:
         """Probes, the profile's files, and its registration."""
-        from profiler.profile import finish_profile, is_finished
+        from profiler.run import finish_profile
 
         job = ProfileJob.model_validate(request)
         run = self._opened(job)
+        blocks = range(run.block_count)
+        steps = ["begin", *(f"block-{index}" for index in blocks)]
         with self._alone(run, "finish"):
-            if not is_finished(run.output, run.request):
+            if not self._is_finished(run):
+                for step in steps:
+                    self._store.fetch(address(run, step), run.output)
                 self._run = None
                 finish_profile(run, report)
+            self._store.publish(address(run, "profile"), run.output, finished_files(run))
+            for step in (*steps, *(f"inputs-{index}" for index in blocks)):
+                self._store.remove(address(run, step))
             shutil.rmtree(run.work, ignore_errors=True)
         return self._registered(run.output, job.model)
 
@@ -168,30 +192,47 @@ class Tasks:
         plan_id, _ = self._plans.save(made, request.get("owner"))
         return {"profile_id": profile.sha256, "plan_id": plan_id}
 
+    def verify(self, request: Json, report: Reporter) -> Json:
+        """A stored plan measured beside uniform: the id of the plan that says so, and what was measured."""
+        from api.usecases import verify_plan
+
+        plan = self._plans.plan(request["plan"])
+        profile = self._profiles.load(plan.profile_sha256)
+        try:
+            found = verify_plan(plan, profile, report, self._executor.device, request["constrained"])
+        except BitrankError as error:
+            return {"error": problem_of(error).document()}
+        plan_id, _ = self._plans.save(found, request.get("owner"))
+        assert found.verification is not None
+        return {"plan_id": plan_id, "verification": found.verification.model_dump(mode="json")}
+
     def compress(self, request: Json, report: Reporter) -> Json:
         """The checkpoint of a stored plan, unless it is there."""
         from api.usecases import execute
 
         plan_id = request["plan"]
-        plan, output = self._plans.plan(plan_id), self._settings.checkpoints_dir / plan_id
+        plan, output, name = self._plans.plan(plan_id), self._checkpoint(plan_id), f"checkpoints/{plan_id}"
         output.parent.mkdir(parents=True, exist_ok=True)
         with alone(output.with_name(f".{plan_id}.lock"), self._executor):
-            if not output.exists():
+            if not output.exists() and not self._store.has(name):
                 profile = self._profiles.load(plan.profile_sha256)
                 execute(plan, profile, output, report, self._executor.device)
-        return {"plan_id": plan_id, "checkpoint": f"checkpoints/{plan_id}", "tensor_bytes": plan.total_bytes}
+            if output.exists():
+                self._store.publish(name, output, sorted(output.iterdir()))
+        return {"plan_id": plan_id, "checkpoint": name, "tensor_bytes": plan.total_bytes}
 
     def evaluate(self, request: Json, report: Reporter) -> Json:
         """The measured KL of a plan's checkpoint, stored beside the predicted one."""
         from api.usecases import evaluate_model
 
         job, row_id = EvaluationJob.model_validate(request["job"]), request["evaluation_id"]
-        plan = self._plans.plan(job.plan)
-        checkpoint = str(self._settings.checkpoints_dir / job.plan)
+        plan, checkpoint = self._plans.plan(job.plan), self._checkpoint(job.plan)
+        if not checkpoint.exists():
+            self._store.restore(f"checkpoints/{job.plan}", checkpoint)
         found = evaluate_model(
-            checkpoint, plan.model.id, None, job.tokens, report, device=self._executor.device
+            str(checkpoint), plan.model.id, None, job.tokens, report, device=self._executor.device
         )
-        self._store(row_id, job.plan, plan, asdict(replace(found, model=f"checkpoints/{job.plan}")))
+        self._record(row_id, job.plan, plan, asdict(replace(found, model=f"checkpoints/{job.plan}")))
         return {
             "evaluation_id": row_id,
             "plan_id": job.plan,
@@ -201,7 +242,7 @@ class Tasks:
             "reference_perplexity": found.reference_perplexity,
         }
 
-    def _store(self, row_id: str, plan_id: str, plan: Plan, result: Json) -> None:
+    def _record(self, row_id: str, plan_id: str, plan: Plan, result: Json) -> None:
         row = EvaluationRow(
             id=row_id,
             plan_id=plan_id,
@@ -214,13 +255,37 @@ class Tasks:
         with self._database.transaction() as session:
             session.merge(row)
 
+    def _checkpoint(self, plan_id: str) -> Path:
+        return self._settings.checkpoints_dir / plan_id
+
+    def _is_finished(self, run: ProfileRun) -> bool:
+        """Whether the profile is made, here or on another machine."""
+        from profiler.run import is_finished
+
+        self._store.fetch(address(run, "profile"), run.output)
+        return is_finished(run.output, run.request)
+
+    def _publish_begun(self, run: ProfileRun) -> None:
+        """What every block needs is one output, each block's inputs are another: they are large."""
+        for index, inputs in enumerate(run.inputs):
+            self._store.publish(address(run, f"inputs-{index}"), run.output, [inputs.path])
+        large = {inputs.path for inputs in run.inputs}
+        common = [file for file in sorted(run.work.glob("[!.]*.*")) if file not in large]
+        self._store.publish(address(run, "begin"), run.output, [run.output / "request.json", *common])
+
+    def _fetch_begun(self, run: ProfileRun, index: int) -> None:
+        for needed in ("begin", f"inputs-{index}"):
+            self._store.fetch(address(run, needed), run.output)
+        for folder in ("layers", "probes"):
+            (run.work / folder).mkdir(parents=True, exist_ok=True)
+
     def _registered(self, directory: Path, model: str) -> Json:
         return {"profile_id": self._profiles.register(directory, model)}
 
     def _opened(self, job: ProfileJob) -> ProfileRun:
         """The run of this request, from memory where the last task was of it too."""
         from profiler.checkpoint import find_model
-        from profiler.profile import open_run
+        from profiler.run import open_run
 
         key = job.model_dump()
         if self._run is not None and self._run[0] == key:
@@ -239,25 +304,38 @@ class Tasks:
             yield
 
 
+def address(run: ProfileRun, step: str) -> str:
+    """A step's name in the store."""
+    return f"runs/{run.output.parent.name}/{step}"
+
+
+def swept_files(run: ProfileRun, index: int) -> list[Path]:
+    """The sweeps and the probes of one block's layers."""
+    return [
+        file for layer in run.loaded.layers_of(index) for file in sorted(run.work.glob(f"*/{layer.name}.*"))
+    ]
+
+
+def finished_files(run: ProfileRun) -> list[Path]:
+    """The profile's files; last the one without which it is unfinished."""
+    files = [file for file in run.output.glob("[!.]*") if file.name != "profile.json"]
+    return [*sorted(files), run.output / "profile.json"]
+
+
 def profile_settings(job: ProfileJob, device: str) -> ProfileSettings:
-    from profiler.profile import ProfileSettings
+    from profiler.run import ProfileSettings
 
     given = {name: value for name, value in job.settings.model_dump().items() if value is not None}
     return ProfileSettings(device=device, **given)
 
 
 def planned(job: PlanJob, profile: Profile) -> Plan:
-    """The plan of one budget under the job's strategy or constraints. Raises the allocator's errors."""
+    """The plan of one budget, as the job asks for it. Raises the allocator's errors."""
     from api.schemas import PlanConstraints
-    from api.usecases import plan_budget, plan_constrained
+    from api.usecases import plan_budget
 
-    if job.constraints is None:
-        return plan_budget(profile, job.budget, job.strategy)
-    if job.strategy != "optimal":
-        raise StrategyError("constraints go with the strategy optimal; leave one of them out")
-    if job.budget is None:
-        raise BudgetSyntaxError("a budget is missing; give one like 700MiB, 25% or 3.25bpw")
-    return plan_constrained(profile, job.budget, PlanConstraints.model_validate(job.constraints).rules())
+    constraints = None if job.constraints is None else PlanConstraints.model_validate(job.constraints).rules()
+    return plan_budget(profile, job.budget, job.strategy, constraints, job.target)
 
 
 @contextmanager

@@ -10,28 +10,32 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from allocator.budget import parse_budget
-from allocator.errors import BitrankError, BudgetSyntaxError, InfeasibleError, PlanError
-from allocator.plan import Plan, PlanBudget, budget_bytes, describe_bytes, make_plan
+from allocator.constraints import Constraints
+from allocator.errors import BitrankError, BudgetSyntaxError, InfeasibleError, PlanError, StrategyError
+from allocator.plan import Plan, PlanBudget, budget_bytes, describe_bytes
 from allocator.strategies import Optimal, choice_bytes, choose, parse_strategy
+from allocator.targets import check_compressible, check_fused, target_named
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from allocator.constraints import Constraints
-    from allocator.problem import Menu
+    from allocator.planner import Planner
+    from allocator.problem import Menu, Solution
     from profiler.calibration import Progress
     from profiler.evaluation import Fidelity
     from profiler.layers import LoadedModel
-    from profiler.profile import Profile, ProfileSettings
+    from profiler.profile import Profile
+    from profiler.run import ProfileSettings
 
-EVALUATION_TOKENS = 32_768
+CONSTRAINED_SECONDS = 5.0
+"""Longest search under constraints before the best plan found is returned with its gap."""
 
 
 def home() -> Path:
@@ -42,7 +46,7 @@ def home() -> Path:
 def profile_model(model: str, output: Path, settings: ProfileSettings, progress: Progress) -> Profile:
     """Measure a model into the directory `output`, or resume doing so."""
     from profiler.checkpoint import find_model
-    from profiler.profile import build_profile
+    from profiler.run import build_profile
 
     profile = build_profile(find_model(model), output, settings, progress)
     remember(profile)
@@ -88,21 +92,27 @@ def find_profile(plan: Plan, plan_path: Path, given: Path | None) -> Profile:
     )
 
 
-def plan_budget(profile: Profile, budget: str | None, strategy: str = "optimal") -> Plan:
-    """Plan one budget. A uniform strategy has a size of its own and needs no budget.
+def plan_budget(
+    profile: Profile,
+    budget: str | None,
+    strategy: str = "optimal",
+    constraints: Constraints | None = None,
+    target: str | None = None,
+) -> Plan:
+    """Plan one budget for a target runtime. A uniform strategy has a size of its own and needs no budget.
 
-    Raises `BudgetSyntaxError`, `InfeasibleError`, `BudgetAboveOriginalError`, `StrategyError`.
+    Raises what `check_planning` raises, `ConstraintError`, `InfeasibleError` and `BudgetAboveOriginalError`.
     """
-    from allocator.knapsack import solve
-
-    menu, parsed = profile.menu, parse_strategy(strategy)
+    check_planning(budget, strategy, constraints is not None, target)
+    planner, parsed, required = planner_for(profile, target), parse_strategy(strategy), constraints
+    menu = planner.menu
+    if target is not None:
+        required = target_named(target).constrained(constraints or Constraints())
     if budget is None:
-        if isinstance(parsed, Optimal):
-            raise BudgetSyntaxError("a budget is missing; give --budget like 700MiB, 25% or 3.25bpw")
         total = choice_bytes(menu, choose(parsed, menu, menu.original_bytes))
         budget = f"{total}B"
-    total = budget_bytes(menu, parse_budget(budget))
-    bound = solve(menu.problem(total))
+    total = budget_bytes(menu, parse_budget(budget), required)
+    bound = optimum(planner, total, required)
     choice = bound.choice if isinstance(parsed, Optimal) else choose(parsed, menu, total)
     taken = choice_bytes(menu, choice)
     if taken > total:
@@ -111,16 +121,45 @@ def plan_budget(profile: Profile, budget: str | None, strategy: str = "optimal")
             f" raise it to {describe_bytes(menu, taken)}",
             taken,
         )
-    return make_plan(
-        menu,
-        choice,
-        model=profile.document.model,
-        profile_sha256=profile.sha256,
-        budget=PlanBudget(text=budget, bytes=total),
-        bound=bound,
-        strategy=strategy,
-        interval_factors=profile.interval_factors,
-    )
+    if target is not None:
+        check_fused(menu, choice, target, strategy)
+    written = PlanBudget(text=budget, bytes=total)
+    return planner.plan(choice, budget=written, bound=bound, strategy=strategy, target=target)
+
+
+def planner_for(profile: Profile, target: str | None) -> Planner:
+    """The plans that a target executes."""
+    return profile.planner if target is None else replace(profile.planner, menu=menu_for(profile, target))
+
+
+def menu_for(profile: Profile, target: str | None) -> Menu:
+    """What can be planned for a target: every measured option, or those that it executes at its own sizes."""
+    return profile.menu if target is None else target_named(target).restricted(profile.menu)
+
+
+def check_planning(budget: str | None, strategy: str, constrained: bool, target: str | None) -> None:
+    """What can be wrong with a request to plan before any profile is looked at.
+
+    Raises `BudgetSyntaxError`, `StrategyError`, `TargetError`.
+    """
+    parsed = parse_strategy(strategy)
+    if budget is not None:
+        parse_budget(budget)
+    elif isinstance(parsed, Optimal):
+        raise BudgetSyntaxError("a budget is missing; give --budget like 700MiB, 25% or 3.25bpw")
+    if constrained and not isinstance(parsed, Optimal):
+        raise StrategyError("constraints go with the strategy optimal; leave one of them out")
+    if target is not None:
+        target_named(target)
+
+
+def optimum(planner: Planner, total_bytes: int, constraints: Constraints | None) -> Solution:
+    """The best choice, with its certificate, for a whole checkpoint of `total_bytes`."""
+    if constraints is None:
+        return planner.optimum(total_bytes)
+    from allocator.allocation import allocate
+
+    return allocate(planner.menu, total_bytes, constraints, time_limit_seconds=CONSTRAINED_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,21 +279,46 @@ def execute(
 ) -> None:
     """Carry out a plan made from `profile`. Raises `PlanError` when the model's weights are not the plan's."""
     from compressor.worker import compress
-    from profiler.checkpoint import find_model, weights_sha256
-    from profiler.layers import load_model
     from profiler.stream import block_works
 
+    loaded = original_of(plan, device, model)
+    kept = {name: tensor.cpu() for name, tensor in loaded.kept_tensors()}
+    output = output.resolve()
+    with scratch(output.with_name(f".{output.name}.activations")) as folder:
+        blocks = block_works(loaded, profile.calibration_tokens(), folder)
+        compress(plan, blocks, kept, loaded.ref.path, output, progress, len(loaded.block_names))
+
+
+def original_of(plan: Plan, device: str, model: str | None) -> LoadedModel:
+    """The model a plan is for. Raises `PlanError` when the weights found are others, `TargetError`."""
+    from profiler.checkpoint import find_model, weights_sha256
+    from profiler.layers import open_model
+
+    check_compressible(plan.target)
     ref = find_model(model or plan.model.id)
     if weights_sha256(ref) != plan.model.weights_sha256:
         raise PlanError(
             f"the weights of {ref.id} are not those the plan was made for; profile this model and plan again"
         )
-    loaded = load_model(ref, device)
-    kept = {name: tensor.cpu() for name, tensor in loaded.kept_tensors()}
-    output = output.resolve()
-    with scratch(output.with_name(f".{output.name}.activations")) as folder:
-        blocks = block_works(loaded, profile.calibration_tokens(), folder)
-        compress(plan, blocks, kept, ref.path, output, progress, len(loaded.block_names))
+    return open_model(ref, device)
+
+
+def verify_plan(
+    plan: Plan, profile: Profile, progress: Progress, device: str = "cpu", constrained: bool = False
+) -> Plan:
+    """The plan measured beside uniform at the same bytes, on windows held back from the statistics.
+
+    An optimal plan gives way to a neighbour that measures better, unless a target or constraints bind it. Whether it
+    lost to uniform is in its `verification`. Raises `PlanError`, `TargetError`.
+    """
+    from tempfile import TemporaryDirectory
+
+    from profiler.gate import SWAPS, verified
+
+    free = plan.strategy == "optimal" and plan.target is None and not constrained
+    loaded = original_of(plan, device, None)
+    with TemporaryDirectory(prefix="bitrank-verify-") as folder:
+        return verified(loaded, profile, plan, Path(folder), progress, SWAPS if free else 0)
 
 
 @contextmanager
@@ -350,27 +414,4 @@ def evaluate_loaded(
         tokens_per_second=tokens_per_second(compressed),
         tensor_bytes=tensor_bytes(compressed.ref.path),
         samples=tuple(SamplePair(p, generate(original, p), generate(compressed, p)) for p in prompts),
-    )
-
-
-CONSTRAINED_SECONDS = 5.0
-"""Longest search under constraints before the best plan found is returned with its gap."""
-
-
-def plan_constrained(profile: Profile, budget: str, constraints: Constraints) -> Plan:
-    """The optimal plan under constraints. Raises `ConstraintError` and what `plan_budget` raises."""
-    from allocator.allocation import allocate
-
-    menu = profile.menu
-    total = budget_bytes(menu, parse_budget(budget))
-    found = allocate(menu, total, constraints, time_limit_seconds=CONSTRAINED_SECONDS)
-    return make_plan(
-        menu,
-        found.choice,
-        model=profile.document.model,
-        profile_sha256=profile.sha256,
-        budget=PlanBudget(text=budget, bytes=total),
-        bound=found,
-        strategy="optimal",
-        interval_factors=profile.interval_factors,
     )

@@ -225,7 +225,7 @@ def _prepare_libraries() -> None:
     """Load what every task needs before the first one comes, and keep its progress bars out of the log."""
     import transformers
 
-    import profiler.profile  # noqa: F401
+    import profiler.run  # noqa: F401
 
     log: Any = transformers.utils.logging
     log.set_verbosity_error()

@@ -17,6 +17,7 @@ from typing import Any
 from dbos import DBOS, SetWorkflowID, WorkflowHandle, WorkflowSerializationFormat
 from dbos import error as engine_errors
 from sqlalchemy.exc import OperationalError
+from structlog.contextvars import bound_contextvars
 
 from allocator.errors import BitrankError
 from api.database import now
@@ -24,8 +25,10 @@ from api.engine import COMPUTE, GROUPS, POLLING_SECONDS, RUN_JOB
 from api.interruption import Interrupted, Interruptions
 from api.job_schemas import BatchJob, CompressionJob, EvaluationJob, JobProgress, PlanJob, ProfileJob
 from api.ledger import Ledger, through_outages
+from api.observability import log
 from api.problems import ProblemError, problem_of
 from api.tasks import Reporter, Tasks
+from api.tracing import task_span
 
 Json = dict[str, Any]
 BACK_OFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -119,8 +122,15 @@ def plan_job(job_id: str, started: Json) -> Json:
         raise TaskFailed(outcome["error"])
     if not job.verify:
         return dict(outcome)
-    measured = evaluated(job_id, EvaluationJob(plan=outcome["plan_id"]))
-    return {**outcome, "evaluation": measured}
+    measuring = {
+        "plan": outcome["plan_id"],
+        "constrained": job.constraints is not None,
+        "owner": started["owner"],
+    }
+    measured = task(job_id, job_id, "verify", measuring, None)
+    if "error" in measured:
+        raise TaskFailed(measured["error"])
+    return {**outcome, **measured}
 
 
 def batch_job(job_id: str, started: Json) -> Json:
@@ -177,10 +187,7 @@ def compression_job(job_id: str, started: Json) -> Json:
 
 
 def evaluation_job(job_id: str, started: Json) -> Json:
-    return evaluated(job_id, EvaluationJob.model_validate(started["request"]))
-
-
-def evaluated(job_id: str, job: EvaluationJob) -> Json:
+    job = EvaluationJob.model_validate(started["request"])
     task(job_id, job_id, "compress", {"plan": job.plan}, None)
     request = {"job": job.model_dump(), "evaluation_id": job_id}
     return task(job_id, job_id, "evaluate", request, None)
@@ -236,9 +243,18 @@ def compute(job_id: str, name: str, request: Json, item: str | None) -> Json:
     runtime = _runtime[0]
     if through_outages(lambda: runtime.ledger.is_over(job_id)):
         return OVER
+    with bound_contextvars(job_id=job_id, task=name, worker=runtime.tasks.worker):
+        started = time.monotonic()
+        outcome = attempted(runtime, job_id, name, request, item)
+        problem = {"problem": outcome["error"]["detail"]} if "error" in outcome else {}
+        log.info("task", seconds=round(time.monotonic() - started, 3), **problem)
+    return outcome
+
+
+def attempted(runtime: Runtime, job_id: str, name: str, request: Json, item: str | None) -> Json:
     report = Reporter(runtime.ledger, job_id, item)
     try:
-        with runtime.interruptions.watching(job_id):
+        with runtime.interruptions.watching(job_id), task_span(job_id, name, runtime.tasks.worker):
             return {"result": persistently(lambda: runtime.tasks.run(name, request, report), report.event)}
     except Interrupted:
         return OVER
@@ -247,7 +263,7 @@ def compute(job_id: str, name: str, request: Json, item: str | None) -> Json:
     except BitrankError as error:
         return {"error": problem_of(error).document()}
     except Exception as error:
-        DBOS.logger.exception("task %s of job %s failed", name, job_id)
+        log.exception("task failed")
         return {"error": internal(error)}
 
 

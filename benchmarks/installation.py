@@ -47,7 +47,7 @@ def undisturbed(model: Path, seed: int, output: Path) -> dict[str, bytes]:
 
     from profiler.calibration import silent
     from profiler.checkpoint import find_model
-    from profiler.profile import ProfileSettings, build_profile
+    from profiler.run import ProfileSettings, build_profile
 
     grid = {name: value if name == "tokens" else tuple(value) for name, value in GRID.items()}  # type: ignore[arg-type]
     threads = torch.get_num_threads()

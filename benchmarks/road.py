@@ -17,12 +17,13 @@ import torch
 from allocator.plan import Plan
 from allocator.strategies import interpolated_uniform_cost
 from api import usecases
-from api.cli import progress
+from api.progress import progress
 from profiler.calibration import text_tokens
 from profiler.checkpoint import find_model
 from profiler.evaluation import measure, stored_logits
 from profiler.layers import load_model
-from profiler.profile import Profile, ProfileSettings
+from profiler.profile import Profile
+from profiler.run import ProfileSettings
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

@@ -26,7 +26,7 @@ from compressor.lowrank import Factors, factorize, square_root
 ROUNDS = 4
 LEAST_GAIN = 0.01
 MAXIMUM_ELEMENTS = 6_000_000
-"""Weights in flight at once, over all problems of a batch."""
+"""Weights in flight at once, over all problems of a batch; each takes some 40 bytes of working memory."""
 
 
 class RankError(BitrankError):
@@ -76,12 +76,16 @@ def squared_error(w_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor) ->
 
 
 def decompose(
-    weights: Sequence[Tensor], curvature: Curvature, options: Sequence[Option], rounds: int = ROUNDS
+    weights: Sequence[Tensor],
+    curvature: Curvature,
+    options: Sequence[Option],
+    rounds: int = ROUNDS,
+    elements: int = MAXIMUM_ELEMENTS,
 ) -> Iterator[tuple[int, Decomposition]]:
     """Carry out `options[p]` on `weights[p]`, matrices (O, I) float32 of one shape under one Hessian.
 
-    Yields (p, decomposition), batch by batch, plain options first, so that no more than `MAXIMUM_ELEMENTS` weights
-    are in flight. Raises `RankError` for a rank above min(O, I).
+    Yields (p, decomposition), batch by batch, plain options first, so that no more than `elements` weights are
+    in flight. Raises `RankError` for a rank above min(O, I).
     """
     rows, columns = weights[0].shape
     for option in options:
@@ -90,7 +94,7 @@ def decompose(
                 f"rank {option.rank} exceeds the smaller side of a {rows} × {columns} matrix;"
                 f" use at most {min(rows, columns)}"
             )
-    batch = max(1, MAXIMUM_ELEMENTS // (rows * columns))
+    batch = max(1, elements // (rows * columns))
     for members in (_plain(options), _low_rank(options), _mixed(options)):
         for first in range(0, len(members), batch):
             chunk = members[first : first + batch]

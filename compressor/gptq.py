@@ -33,26 +33,36 @@ class SingularHessianError(BitrankError):
 def inverse_factor(hessian_II: Tensor, damping: float = DAMPING) -> Tensor:
     """Upper U with UᵀU = (H + damping·mean(diag H)·I)⁻¹, float32; columns that no token excites count as average.
 
-    Raises `SingularHessianError` when H is not finite or stays indefinite: the damping is relative, so a Hessian
-    of any scale, or of rank one, passes.
+    With J the reversal of columns and J H J = LLᵀ, V = J L J is upper and H = VVᵀ, so U = V⁻¹: one factorization in
+    float64 and one triangular inverse. Raises `SingularHessianError` when H is not finite or stays indefinite: the
+    damping is relative, so a Hessian of any scale, or of rank one, passes.
+    """
+    lower_II = cholesky(hessian_II.flip(0, 1), damping)
+    return torch.linalg.solve_triangular(
+        lower_II.flip(0, 1), torch.eye(len(lower_II), device=lower_II.device), upper=True
+    )
+
+
+def cholesky(hessian_II: Tensor, damping: float) -> Tensor:
+    """Lower L with LLᵀ = H + damping·mean(diag H)·I, factored in float64, returned in float32.
+
+    Raises `SingularHessianError` when H is not finite or stays indefinite.
     """
     if not torch.isfinite(hessian_II).all():
         raise SingularHessianError(
             "the Hessian has NaN or infinite entries; check the calibration activations"
         )
-    h_II = hessian_II.double().clone()
+    h_II = hessian_II.to(torch.float64, copy=True)
     diagonal_I = h_II.diagonal()
     mean = diagonal_I[diagonal_I > 0].mean() if (diagonal_I > 0).any() else diagonal_I.new_ones(())
     diagonal_I[diagonal_I <= 0] = mean
     diagonal_I += damping * mean
     try:
-        lower_II = torch.linalg.cholesky(h_II)
-        upper_II = torch.linalg.cholesky(torch.cholesky_inverse(lower_II), upper=True)
+        return torch.linalg.cholesky(h_II, out=h_II).float()
     except torch.linalg.LinAlgError as error:
         raise SingularHessianError(
             f"the Hessian is not positive definite ({error}); raise the damping"
         ) from error
-    return upper_II.float()
 
 
 def gptq(

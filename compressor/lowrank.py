@@ -16,17 +16,19 @@ reaches the output through H just as an error in Q does.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from allocator.storage import FACTOR_GROUP_SIZE, KEEP_BITS
-from compressor.gptq import gptq
+from compressor.gptq import DAMPING, SingularHessianError, cholesky, gptq
 from compressor.grid import Quantized, round_to_nearest
 
 OVERSAMPLING = 8
 ITERATIONS = 2
+ROOT_DAMPING = (1e-8, 1e-6, 1e-4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +49,18 @@ def dense(factor: Quantized | Tensor) -> Tensor:
 
 
 def square_root(hessian_II: Tensor) -> Tensor:
-    """Symmetric S with SS = H, float32; negative rounding noise in the spectrum counts as zero."""
-    value_I, vector_II = torch.linalg.eigh(hessian_II.double())
-    return ((vector_II * value_I.clamp(min=0).sqrt()) @ vector_II.T).float()
+    """Lower S with SSᵀ = H, float32. A singular H is damped just as much as float64 takes to factor it.
+
+    Raises `SingularHessianError` when H is not finite or has a direction of negative curvature.
+    """
+    for damping in ROOT_DAMPING:
+        with suppress(SingularHessianError):
+            return cholesky(hessian_II, damping)
+    return cholesky(hessian_II, DAMPING)
 
 
 def leading_directions(residual_POI: Tensor, root_II: Tensor, rank: int) -> Tensor:
-    """(P, O, rank) orthonormal, the leading eigenvectors of E H Eᵀ in falling order."""
+    """(P, O, rank) orthonormal, the leading eigenvectors of E H Eᵀ = (ES)(ES)ᵀ in falling order."""
     _, rows, columns = residual_POI.shape
     weighted_POI = residual_POI @ root_II
     width = min(rank + OVERSAMPLING, rows, columns)

@@ -75,7 +75,7 @@ def compress(
         raise WorkError("the model's uncompressed tensors differ from the plan's; make the plan again")
     partial = output.with_name(f"{output.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(plan.model_dump_json().encode()).hexdigest()
+    digest = plan_digest(plan)
     for stray in [file for file in partial.iterdir() if not is_finished(file, digest)]:
         stray.unlink()
     shards = [shard_name(index, block_count) for index in range(block_count + 1)]
@@ -86,7 +86,17 @@ def compress(
         if not is_finished(shard, digest):
             write_shard(shard, compress_block(plan, block.layers()), digest)
         progress("compressing", block.index + 1, block_count)
-    finish(plan, partial, shards, source)
+    finish(partial, shards, source, quantization_config(plan), plan.total_bytes)
+    put_in_place(partial, output)
+
+
+def plan_digest(plan: Plan) -> str:
+    """What every shard of a plan's checkpoint carries as `plan_sha256`."""
+    return hashlib.sha256(plan.model_dump_json().encode()).hexdigest()
+
+
+def put_in_place(partial: Path, output: Path) -> None:
+    """Give a finished directory its final name; `output` is absent or empty."""
     if output.exists():
         output.rmdir()
     partial.rename(output)
@@ -156,8 +166,10 @@ def is_finished(path: Path, digest: str) -> bool:
         return False
 
 
-def finish(plan: Plan, partial: Path, shards: list[str], source: Path) -> None:
-    """Write the shard index and the configuration, and copy the tokenizer."""
+def finish(
+    partial: Path, shards: list[str], source: Path, quantization: dict[str, Any], total_bytes: int
+) -> None:
+    """Write the shard index and the configuration, and copy the tokenizer from `source`."""
     weight_map: dict[str, str] = {}
     for shard in shards:
         with safe_open(partial / shard, framework="pt") as tensors:
@@ -168,11 +180,11 @@ def finish(plan: Plan, partial: Path, shards: list[str], source: Path) -> None:
             if file.name not in ("config.json", INDEX):
                 write_atomically(partial / file.name, file.read_bytes())
     config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = quantization_config(plan)
+    config["quantization_config"] = quantization
     write_json(partial / "config.json", config)
     write_json(
         partial / INDEX,
-        {"metadata": {"total_size": plan.total_bytes}, "weight_map": dict(sorted(weight_map.items()))},
+        {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))},
     )
 
 

@@ -13,6 +13,7 @@ divergence per token (Martens and Grosse, K-FAC, arXiv 1503.05671, with both fac
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ from torch import Tensor, nn
 from allocator.errors import BitrankError
 from profiler.layers import Layer, LoadedModel
 
-WINDOWS_PER_BATCH = 4
+LINES_TOKENIZED = 1000
+TOKENS_DRAWN = 128
+"""Positions whose next tokens are drawn at once; drawing holds several copies of their probabilities."""
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, the steps done and the steps in all."""
 
@@ -56,7 +59,7 @@ def text_tokens(loaded: LoadedModel, path: Path, count: int) -> Tensor:
 
 def windows(loaded: LoadedModel, text: str, count: int, source: str) -> Tensor:
     """int64 (N, T): `text` cut into windows, at most `count` tokens, taken evenly from start to end."""
-    tokens = torch.tensor(loaded.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+    tokens = tokenize(loaded.tokenizer, text)
     if len(tokens) < loaded.window:
         raise CalibrationError(
             f"{source} has {len(tokens)} tokens; give at least {loaded.window}, one window"
@@ -70,6 +73,18 @@ def windows(loaded: LoadedModel, text: str, count: int, source: str) -> Tensor:
     tokens_NT = tokens[: len(tokens) // loaded.window * loaded.window].view(-1, loaded.window)
     wanted = min(len(tokens_NT), max(1, count // loaded.window))
     return tokens_NT[torch.linspace(0, len(tokens_NT) - 1, wanted).round().long()]
+
+
+def tokenize(tokenizer: Any, text: str) -> Tensor:
+    """int64 (T,) tokens of a text, taken at line ends in pieces: a tokenizer holds far more than the tokens."""
+    tokens, piece = array("i"), list[str]()
+    for line in text.splitlines(keepends=True):
+        piece.append(line)
+        if len(piece) == LINES_TOKENIZED:
+            tokens.extend(tokenizer("".join(piece), add_special_tokens=False)["input_ids"])
+            piece.clear()
+    tokens.extend(tokenizer("".join(piece), add_special_tokens=False)["input_ids"])
+    return torch.tensor(tokens, dtype=torch.int64)
 
 
 @torch.inference_mode()
@@ -132,9 +147,10 @@ class BlockInputs:
             file.seek(4 * first * self._window)
             file.write(hidden_NTd.float().cpu().contiguous().numpy().data)
 
-    def batches(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        for first in range(0, self.shape[0], WINDOWS_PER_BATCH):
-            count = min(WINDOWS_PER_BATCH, self.shape[0] - first)
+    def batches(self, windows: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """The first window's index and the inputs of at most `windows` windows, in turn."""
+        for first in range(0, self.shape[0], windows):
+            count = min(windows, self.shape[0] - first)
             values = np.fromfile(self.path, np.float32, count * self._window, offset=4 * first * self._window)
             yield first, torch.from_numpy(values).view(count, *self.shape[1:]).to(device)
 
@@ -168,7 +184,8 @@ def captured_inputs(loaded: LoadedModel) -> Iterator[dict[int, tuple[Tensor, Blo
 def block_calls(loaded: LoadedModel, tokens_NT: Tensor) -> dict[int, list[BlockCall]]:
     """How each block is called, by batch size: full batches, then a short last one."""
     calls: dict[int, list[BlockCall]] = {}
-    sizes = {min(WINDOWS_PER_BATCH, len(tokens_NT)), len(tokens_NT) % WINDOWS_PER_BATCH} - {0}
+    batch = loaded.windows_per_batch
+    sizes = {min(batch, len(tokens_NT)), len(tokens_NT) % batch} - {0}
     for size in sizes:
         with captured_inputs(loaded) as seen, torch.no_grad():
             loaded.model(tokens_NT[:size].to(loaded.device), use_cache=False)
@@ -189,15 +206,16 @@ def gradient_moments(
         layer.name: torch.zeros(layer.rows, dtype=torch.float64, device=loaded.device)
         for layer in loaded.layers
     }
-    for first in range(0, len(tokens_NT), WINDOWS_PER_BATCH):
-        batch_NT = tokens_NT[first : first + WINDOWS_PER_BATCH].to(loaded.device)
+    batch = loaded.windows_per_batch
+    for first in range(0, len(tokens_NT), batch):
+        batch_NT = tokens_NT[first : first + batch].to(loaded.device)
         with captured_inputs(loaded) as seen:
             gradient = _output_gradient(loaded, batch_NT, generator)
         for index in reversed(range(len(loaded.block_names))):
             hidden, call = seen.pop(index)
             inputs[index].write(first, hidden)
             gradient = _block_gradient(loaded, index, call, hidden, gradient, total)
-        progress("gradients", min(first + WINDOWS_PER_BATCH, len(tokens_NT)), len(tokens_NT))
+        progress("gradients", min(first + batch, len(tokens_NT)), len(tokens_NT))
     return _lend_to_silent(loaded, {n: (moment / tokens_NT.numel()).float() for n, moment in total.items()})
 
 
@@ -220,7 +238,7 @@ def _lend_to_silent(loaded: LoadedModel, moments: dict[str, Tensor]) -> dict[str
 
 
 def _output_gradient(loaded: LoadedModel, batch_NT: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient of −Σ log p(ŷ) by the last block's output; by the logits it is p − onehot(ŷ)."""
+    """Gradient of −Σ log p(ŷ) by the last block's output; by the logits it is p − onehot(ŷ), made in their place."""
     leaves: list[Tensor] = []
 
     def cut(module: nn.Module, arguments: Any, output: Any) -> Any:
@@ -233,9 +251,12 @@ def _output_gradient(loaded: LoadedModel, batch_NT: Tensor, generator: torch.Gen
         logits_NTV = loaded.model(batch_NT, use_cache=False).logits.float()
     finally:
         handle.remove()
-    by_logits_nV = logits_NTV.detach().softmax(-1).flatten(0, 1)
-    drawn_n1 = torch.multinomial(by_logits_nV, 1, generator=generator)
-    by_logits_nV.scatter_add_(1, drawn_n1, torch.full_like(drawn_n1, -1, dtype=by_logits_nV.dtype))
+    by_logits_nV = logits_NTV.detach().flatten(0, 1)
+    by_logits_nV.sub_(by_logits_nV.amax(-1, keepdim=True)).exp_()
+    by_logits_nV.div_(by_logits_nV.sum(-1, keepdim=True))
+    for piece_mV in by_logits_nV.split(TOKENS_DRAWN):
+        drawn_m1 = torch.multinomial(piece_mV, 1, generator=generator)
+        piece_mV.scatter_add_(1, drawn_m1, torch.full_like(drawn_m1, -1, dtype=piece_mV.dtype))
     logits_NTV.backward(by_logits_nV.view_as(logits_NTV))
     gradient = leaves[0].grad
     assert gradient is not None
@@ -323,7 +344,7 @@ def input_moments(
     for layer in layers:
         handles.append(loaded.model.get_submodule(layer.name).register_forward_pre_hook(watch(layer)))
     try:
-        for first, hidden_NTd in inputs.batches(loaded.device):
+        for first, hidden_NTd in inputs.batches(loaded.windows_per_batch, loaded.device):
             live.clear()
             output = calls[len(hidden_NTd)][index](loaded.blocks[index], hidden_NTd)
             if outputs is not None:

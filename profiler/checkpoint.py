@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,11 +118,28 @@ def check_uncompressed(ref: ModelRef) -> None:
         )
 
 
-def read_tensors(ref: ModelRef) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint, memory-mapped."""
-    from safetensors.torch import load_file
+class CheckpointTensors:
+    """Names and shapes of every stored tensor; values only when asked for, from the memory-mapped file."""
 
-    return {name: tensor for file in weight_files(ref) for name, tensor in load_file(file).items()}
+    def __init__(self, ref: ModelRef) -> None:
+        from safetensors import safe_open
+
+        self._file: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in weight_files(ref):
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118  safe_open is not a mapping
+                    self._file[name] = file
+                    self.shapes[name] = tuple(shard.get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self._file[name], framework="pt") as shard:
+            return shard.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._file))
 
 
 def weights_sha256(ref: ModelRef) -> str:
@@ -131,8 +149,9 @@ def weights_sha256(ref: ModelRef) -> str:
     """
     import torch
 
-    digest = hashlib.sha256()
-    for name, tensor in sorted(read_tensors(ref).items()):
+    digest, tensors = hashlib.sha256(), CheckpointTensors(ref)
+    for name in tensors:
+        tensor = tensors[name]
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelError(
                 f"weight {name} of {ref.id} has NaN or infinite entries; copy or train the model again"
@@ -144,4 +163,5 @@ def weights_sha256(ref: ModelRef) -> str:
 
 def tensor_bytes(path: Path) -> int:
     """Bytes of every tensor in a checkpoint's safetensors files."""
-    return sum(t.numel() * t.element_size() for t in read_tensors(ModelRef(str(path), path)).values())
+    tensors = CheckpointTensors(ModelRef(str(path), path))
+    return sum(tensors[name].nbytes for name in tensors)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from profiler.sweep import Measurement
+from profiler.measurement import Measurement
 
 FLOOR = 1e-12
 """Errors below this are float32 noise and are not fitted."""

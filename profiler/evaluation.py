@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from profiler.calibration import Progress, silent
 from profiler.layers import LoadedModel
 
-BATCH = 2
+BATCH = 1
+COMPARED = 128
+"""Tokens compared at once; a comparison holds several copies of their logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +66,8 @@ def stored_logits(reference: nn.Module, tokens_NT: Tensor, path: Path) -> Refere
 
 
 @torch.inference_mode()
-def measure(
-    model: nn.Module, reference: Reference, tokens_NT: Tensor, progress: Progress = silent
-) -> Fidelity:
-    """Compare a model with its reference on the same windows, int64 (N, T)."""
+def compare(model: nn.Module, reference: Reference, tokens_NT: Tensor, progress: Progress = silent) -> Tensor:
+    """Of every window (N, 5) float64: KL, loss, reference loss, cosine, agreement, each a mean over its tokens."""
     device = next(model.parameters()).device
     rows = []
     for first in range(0, len(tokens_NT), BATCH):
@@ -79,7 +79,14 @@ def measure(
             for q_TV, p_TV, target_T in zip(logits_NTV, reference_NTV, batch_NT, strict=True)
         ]
         progress("measuring", min(first + BATCH, len(tokens_NT)), len(tokens_NT))
-    window_N5 = torch.stack(rows).double()
+    return torch.stack(rows).double().cpu()
+
+
+def measure(
+    model: nn.Module, reference: Reference, tokens_NT: Tensor, progress: Progress = silent
+) -> Fidelity:
+    """Compare a model with its reference on the same windows, int64 (N, T)."""
+    window_N5 = compare(model, reference, tokens_NT, progress)
     kl, nll, reference_nll, cosine, agreement = window_N5.mean(dim=0).tolist()
     spread = window_N5[:, 0].std().item() / len(window_N5) ** 0.5 if len(window_N5) > 1 else float("nan")
     return Fidelity(
@@ -95,13 +102,19 @@ def measure(
 
 def _compare(logits_TV: Tensor, reference_TV: Tensor, target_T: Tensor) -> Tensor:
     """Of one window (5,): KL, loss, reference loss, cosine, agreement, each a mean over its tokens."""
+    pieces = zip(*(t.split(COMPARED) for t in (logits_TV, reference_TV, target_T)), strict=True)
+    return torch.cat([_compared(*piece) for piece in pieces]).mean(dim=0)
+
+
+def _compared(logits_TV: Tensor, reference_TV: Tensor, target_T: Tensor) -> Tensor:
+    """The same of every token (T, 5)."""
     log_q, log_p = logits_TV.log_softmax(-1), reference_TV.log_softmax(-1)
-    nll = -log_q.gather(-1, target_T[:, None]).mean()
-    reference_nll = -log_p.gather(-1, target_T[:, None]).mean()
-    kl = (log_p.exp() * log_p.sub_(log_q)).sum(-1).mean()
-    cosine = F.cosine_similarity(logits_TV, reference_TV, dim=-1).mean()
-    same = (logits_TV.argmax(-1) == reference_TV.argmax(-1)).float().mean()
-    return torch.stack([kl, nll, reference_nll, cosine, same])
+    nll = -log_q.gather(-1, target_T[:, None])[:, 0]
+    reference_nll = -log_p.gather(-1, target_T[:, None])[:, 0]
+    kl = (log_p.exp() * log_p.sub_(log_q)).sum(-1)
+    cosine = F.cosine_similarity(logits_TV, reference_TV, dim=-1)
+    same = (logits_TV.argmax(-1) == reference_TV.argmax(-1)).float()
+    return torch.stack([kl, nll, reference_nll, cosine, same], dim=-1)
 
 
 @torch.inference_mode()

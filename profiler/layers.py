@@ -1,27 +1,34 @@
 """A loaded model and its layers: which matrices can be compressed, in which block, under which name.
 
-What lives here: loading (safetensors only, no remote code) and finding blocks and layers. Files are checked in
-`checkpoint.py`; statistics are in `calibration.py`.
+What lives here: loading (safetensors only, no remote code), whole or block by block, and finding blocks and layers.
+Files are checked in `checkpoint.py`; when a block is in memory is for `offload.py`; statistics are in
+`calibration.py`.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import compressor.plugin  # noqa: F401  registers the checkpoint format
 from compressor.experts import unstack_experts
-from profiler.checkpoint import ModelError, ModelRef
+from profiler.checkpoint import CheckpointTensors, ModelError, ModelRef
+from profiler.offload import Offload
 
 logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+
+BATCH_LOGITS = 2**22
+"""Logits of one batch, in numbers; a batch is one window at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +47,17 @@ class Layer:
         return self.rows * self.columns
 
 
+Source = Callable[[str], Tensor]
+"""A stored tensor by its name in the model, in the dtype it is stored in."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A causal LM in float32 (or the given dtype), evaluation mode, gradients off; `storage_dtype` is the
-    checkpoint's own."""
+    """A causal LM in float32, evaluation mode, gradients off; `storage_dtype` is the checkpoint's own.
+
+    `offload` is None where the whole model is in memory. Where it is not, a block is read when it is called and
+    dropped afterwards, so `model(…)` works either way; a block's weights are to be had through `weight`.
+    """
 
     ref: ModelRef
     model: PreTrainedModel
@@ -51,10 +65,12 @@ class LoadedModel:
     storage_dtype: torch.dtype
     block_names: tuple[str, ...]
     layers: tuple[Layer, ...]
+    source: Source
+    offload: Offload | None = None
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.model.get_input_embeddings().weight.device
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -66,12 +82,22 @@ class LoadedModel:
         context = getattr(self.model.config, "max_position_embeddings", None) or 512
         return min(512, int(context))
 
+    @property
+    def windows_per_batch(self) -> int:
+        """Windows run at once: four, or as many as keep a batch's logits within `BATCH_LOGITS`."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return max(1, min(4, BATCH_LOGITS // (self.window * vocabulary)))
+
     def layers_of(self, block: int) -> list[Layer]:
         return [layer for layer in self.layers if layer.block == block]
 
+    def stored_weight(self, layer: Layer) -> Tensor:
+        """The weight as the checkpoint stores it, transposed or not."""
+        return self.source(f"{layer.name}.weight").to(self.storage_dtype)
+
     def weight(self, layer: Layer) -> Tensor:
         """W (O, I) in float32."""
-        weight = self.model.get_submodule(layer.name).weight.detach().float()
+        weight = self.stored_weight(layer).to(self.device).float()
         return weight.T.contiguous() if layer.transposed else weight
 
     def kept_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -79,13 +105,91 @@ class LoadedModel:
         tied = set(self.model.all_tied_weights_keys)
         compressible = {f"{layer.name}.weight" for layer in self.layers}
         for name, tensor in self.model.state_dict().items():
-            if name not in tied and name not in compressible:
-                yield name, tensor.to(self.storage_dtype) if tensor.is_floating_point() else tensor
+            if name in tied or name in compressible:
+                continue
+            stored = self.source(name) if tensor.is_meta else tensor
+            yield name, stored.to(self.storage_dtype) if stored.is_floating_point() else stored
+
+    def replacing(self, weight: Callable[[Layer], Tensor]) -> AbstractContextManager[None]:
+        """While open, every layer computes with `weight(layer)` (O, I) instead of its own."""
+        if self.offload is None:
+            raise ValueError("only a model that is read block by block can have its weights replaced")
+        layer_of = {f"{layer.name}.weight": layer for layer in self.layers}
+
+        def read(name: str) -> Tensor:
+            if name not in layer_of:
+                return self.source(name)
+            layer = layer_of[name]
+            return weight(layer).T if layer.transposed else weight(layer)
+
+        return self.offload.reading(read)
 
 
-def load_model(ref: ModelRef, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load a causal LM. Raises `ModelError` for unknown architectures and for weights that do not fit the config."""
+def load_model(ref: ModelRef, device: str = "cpu") -> LoadedModel:
+    """Load a whole causal LM. Raises `ModelError` for unknown architectures and weights that do not fit the config."""
     check_device(device)
+    model = _from_pretrained(ref)
+    storage_dtype = model.dtype
+    unstack_experts(model)
+    model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+    block_names = find_blocks(model)
+    layers = find_layers(model, block_names)
+    state = model.state_dict()
+    return LoadedModel(ref, model, load_tokenizer(ref), storage_dtype, block_names, layers, state.__getitem__)
+
+
+def open_model(ref: ModelRef, device: str = "cpu") -> LoadedModel:
+    """Load a causal LM of which one block is in memory at a time, read from the memory-mapped checkpoint.
+
+    Where transformers has to convert what is stored (names or layouts of another version, stacks of experts), the
+    weights are first read whole, and kept in the checkpoint's own dtype. Raises as `load_model` does.
+    """
+    check_device(device)
+    direct = _skeleton(ref)
+    model, source, storage_dtype = direct or _converted(ref)
+    block_names = find_blocks(model)
+    layers = find_layers(model, block_names)
+
+    def read(name: str) -> Tensor:
+        tensor = source(name)
+        return tensor.to(storage_dtype) if tensor.is_floating_point() else tensor
+
+    offload = Offload(model, block_names, read, torch.device(device))
+    model = model.eval().requires_grad_(False)
+    return LoadedModel(ref, model, load_tokenizer(ref), storage_dtype, block_names, layers, source, offload)
+
+
+def _skeleton(ref: ModelRef) -> tuple[PreTrainedModel, Source, torch.dtype] | None:
+    """The model without weights and where each is stored; None where the stored names or shapes are not its own."""
+    try:
+        config = AutoConfig.from_pretrained(ref.path, trust_remote_code=False)
+        stored = CheckpointTensors(ref)
+        dtype = config.dtype or next(
+            t.dtype for t in map(stored.__getitem__, stored) if t.is_floating_point()
+        )
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model.tie_weights()
+    except Exception:  # `load_model`'s way in says what is wrong
+        return None
+    name_of: dict[str, str] = {}
+    for name, tensor in model.state_dict().items():
+        known = [n for n in (name, name.removeprefix(f"{model.base_model_prefix}.")) if n in stored.shapes]
+        if known and stored.shapes[known[0]] == tuple(tensor.shape):
+            name_of[name] = known[0]
+        elif name not in model.all_tied_weights_keys:
+            return None
+    return model, lambda name: stored[name_of[name]], dtype
+
+
+def _converted(ref: ModelRef) -> tuple[PreTrainedModel, Source, torch.dtype]:
+    """The model as transformers loads it; its own weights are the source."""
+    model = _from_pretrained(ref)
+    unstack_experts(model)
+    return model, dict(model.state_dict()).__getitem__, model.dtype
+
+
+def _from_pretrained(ref: ModelRef) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(ref.path, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -104,13 +208,7 @@ def load_model(ref: ModelRef, device: str = "cpu", dtype: torch.dtype = torch.fl
             " give one that the installed transformers knows without custom code"
         ) from error
     check_weights(ref, sorted(found["missing_keys"]), sorted(found["mismatched_keys"]))
-    storage_dtype = model.dtype
-    unstack_experts(model)
-    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    block_names = find_blocks(model)
-    return LoadedModel(
-        ref, model, load_tokenizer(ref), storage_dtype, block_names, find_layers(model, block_names)
-    )
+    return model
 
 
 def check_device(device: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.worker import BlockWork, LayerWork
-from profiler.calibration import WINDOWS_PER_BATCH, BlockCall, BlockInputs, block_calls, input_moments
+from profiler.calibration import BlockCall, BlockInputs, block_calls, input_moments
 from profiler.layers import LoadedModel
 
 
@@ -43,7 +43,7 @@ def _block_work(
                 name=layer.name,
                 weight_OI=loaded.weight(layer),
                 hessian_II=moment.hessian_II,
-                stored=loaded.model.get_submodule(layer.name).weight.to(loaded.storage_dtype),
+                stored=loaded.stored_weight(layer),
             )
             for moment in moments
             for layer in moment.layers
@@ -68,9 +68,10 @@ def first_inputs(loaded: LoadedModel, tokens_NT: Tensor, path: Path) -> BlockInp
     handle = loaded.blocks[0].register_forward_pre_hook(capture, with_kwargs=True)
     inputs = None
     try:
-        for first in range(0, len(tokens_NT), WINDOWS_PER_BATCH):
+        batch = loaded.windows_per_batch
+        for first in range(0, len(tokens_NT), batch):
             try:
-                loaded.model(tokens_NT[first : first + WINDOWS_PER_BATCH].to(loaded.device), use_cache=False)
+                loaded.model(tokens_NT[first : first + batch].to(loaded.device), use_cache=False)
             except _Captured:
                 hidden_NTd = seen.pop()
             if inputs is None:

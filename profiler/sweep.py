@@ -1,7 +1,7 @@
 """The sweep: every layer truly compressed under every option of the grid, and what that costs.
 
-What lives here: the grid's options and measuring one block. Statistics come from `calibration.py`; resuming and
-files are for `profile.py`.
+What lives here: measuring the layers of one input. The grid's options are in `measurement.py`, statistics come from
+`calibration.py`; resuming and files are for `run.py`.
 """
 
 from __future__ import annotations
@@ -11,46 +11,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from allocator.storage import Option
-from compressor.decompose import Curvature, Decomposition, decompose, squared_error
+from compressor.decompose import MAXIMUM_ELEMENTS, Curvature, Decomposition, decompose, squared_error
 from profiler.calibration import InputMoment
 from profiler.layers import Layer, LoadedModel
+from profiler.measurement import GridSettings, Measurement
 
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
-FACTOR_BITS = (4,)
-
-
-@dataclass(frozen=True, slots=True)
-class GridSettings:
-    """What the sweep measures: every bits × group size at rank 0, and every bits × rank at `rank_group_sizes`."""
-
-    bits: tuple[int, ...]
-    ranks: tuple[int, ...]
-    group_sizes: tuple[int, ...]
-    rank_group_sizes: tuple[int, ...]
-    factor_bits: tuple[int, ...]
-
-    def options(self, layer: Layer) -> list[Option]:
-        """The options of one layer; ranks above half its smaller side are left out, they would cost more than W."""
-        plain = [Option(bits, 0, size, 0) for bits in self.bits for size in self.group_sizes]
-        mixed = [
-            Option(bits, rank, size, factor_bits)
-            for bits in self.bits
-            for rank in self.ranks
-            for size in self.rank_group_sizes
-            for factor_bits in self.factor_bits
-            if 0 < rank <= min(layer.rows, layer.columns) // 2
-        ]
-        return plain + mixed
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """error: relative squared output error tr(ΔW H ΔWᵀ)/tr(W H Wᵀ)."""
-
-    option: Option
-    error: float
+WEIGHTS_PER_ELEMENT = 12
+"""A weight of the model takes 4 bytes in float32, one being decomposed some 40."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +41,11 @@ def default_ranks(layers: tuple[Layer, ...]) -> tuple[int, ...]:
     return (0, *sorted({max(1, largest // 4), max(1, largest // 2), largest}))
 
 
+def elements_in_flight(loaded: LoadedModel) -> int:
+    """Weights to decompose at once, so that their working memory stays below that of the model, which is on disk."""
+    return min(MAXIMUM_ELEMENTS, sum(layer.weights for layer in loaded.layers) // WEIGHTS_PER_ELEMENT)
+
+
 def sweep_moment(
     loaded: LoadedModel,
     moment: InputMoment,
@@ -91,7 +63,11 @@ def sweep_moment(
         signal = {name: squared_error(w_OI, w_OI * 0, curvature.hessian_II) for name, w_OI in weights.items()}
         found: dict[str, list[Measurement]] = {layer.name: [] for layer in members}
         stream = decompose(
-            [weights[layer.name] for layer, _ in jobs], curvature, [o for _, o in jobs], rounds
+            [weights[layer.name] for layer, _ in jobs],
+            curvature,
+            [option for _, option in jobs],
+            rounds,
+            elements_in_flight(loaded),
         )
         for p, decomposition in stream:
             layer, option = jobs[p]

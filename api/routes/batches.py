@@ -16,7 +16,10 @@ from api.schemas import BatchRequest
 from api.service import ServiceOf
 
 router = APIRouter(prefix="/v1/batches", tags=["jobs"])
-EXAMPLES = {"two budgets": {"value": {"jobs": [{"model": "demo", "budgets": ["3bpw", "25%"]}]}}}
+EXAMPLES = {
+    "two budgets": {"value": {"jobs": [{"model": "demo", "budgets": ["3bpw", "25%"]}]}},
+    "for GPTQModel": {"value": {"jobs": [{"model": "demo", "budgets": ["3bpw"], "target": "gptqmodel"}]}},
+}
 
 
 @router.post(

@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Body, Depends
 from starlette.responses import Response
 
+from allocator.targets import check_compressible
 from api.auth import requires
 from api.keys import Principal
 from api.problems import responses
@@ -22,7 +23,7 @@ router = APIRouter(prefix="/v1/compressions", tags=["jobs"])
     "",
     status_code=202,
     dependencies=[IDEMPOTENT],
-    responses={**ACCEPTED, **responses("unknown-plan", "queue-full", "conflict")},
+    responses={**ACCEPTED, **responses("unknown-plan", "unusable", "queue-full", "conflict")},
 )
 def submit_compression(
     request: Annotated[CompressionRequest, Body()],
@@ -31,5 +32,5 @@ def submit_compression(
     job_id: NewJobId,
 ) -> Response:
     """The checkpoint lands under `checkpoints/<plan>` of the data directory."""
-    service.plans.read(request.plan)
+    check_compressible(service.plans.plan(request.plan).target)
     return job_accepted(service.jobs.submit("compression", request.model_dump(mode="json"), owner.id, job_id))

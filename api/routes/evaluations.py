@@ -8,6 +8,7 @@ from fastapi import APIRouter, Body, Depends, Query
 from sqlalchemy import select
 from starlette.responses import Response
 
+from allocator.targets import check_compressible
 from api.auth import requires
 from api.database import EvaluationRow
 from api.keys import Principal
@@ -24,7 +25,7 @@ router = APIRouter(prefix="/v1/evaluations", tags=["jobs"])
     "",
     status_code=202,
     dependencies=[IDEMPOTENT],
-    responses={**ACCEPTED, **responses("unknown-plan", "queue-full", "conflict")},
+    responses={**ACCEPTED, **responses("unknown-plan", "unusable", "queue-full", "conflict")},
 )
 def submit_evaluation(
     request: Annotated[EvaluationRequest, Body()],
@@ -33,7 +34,7 @@ def submit_evaluation(
     job_id: NewJobId,
 ) -> Response:
     """Measure the checkpoint of a plan, made first where it is missing, against the original."""
-    service.plans.read(request.plan)
+    check_compressible(service.plans.plan(request.plan).target)
     return job_accepted(service.jobs.submit("evaluation", request.model_dump(mode="json"), owner.id, job_id))
 
 

@@ -1,4 +1,4 @@
-"""/v1/plans: make a plan, read it, explain it, compare it."""
+"""/v1/plans: make a plan, read it, export it, explain it, compare it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from fastapi import APIRouter, Body, Depends, Path, Query
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from allocator.budget import parse_budget
-from allocator.errors import BudgetSyntaxError
+from allocator.export.formats import FORMATS, FormatName
 from allocator.plan import Plan
-from allocator.strategies import parse_strategy
 from api.auth import requires
 from api.explanation import difference, explain
 from api.keys import Principal
-from api.problems import ProblemError, responses
+from api.problems import responses
 from api.routes.negotiation import IDEMPOTENT, NOT_MODIFIED, IfNoneMatch, tagged
 from api.routes.submission import ACCEPTED, NewJobId, job_accepted
 from api.schemas import PLAN_ID, DiffAnswer, ExplanationAnswer, PlanRequest
@@ -28,13 +26,31 @@ Planner = Annotated[Principal, Depends(requires("plan"))]
 EXAMPLES = {
     "bits per weight": {"value": {"model": "demo", "budget": "3.25bpw"}},
     "a quarter of the original": {"value": {"model": "demo", "budget": "25%"}},
+    "for vLLM": {"value": {"model": "demo", "budget": "90%", "target": "vllm"}},
     "uniform": {"value": {"model": "demo", "strategy": "uniform:3"}},
+    "measured before it is relied on": {"value": {"model": "demo", "budget": "3.25bpw", "verify": True}},
     "constrained": {
         "value": {
             "model": "demo",
             "budget": "3.25bpw",
             "constraints": {"pins": [{"layers": "*.0.*", "bits": 8}], "tie_fused": True},
         }
+    },
+}
+EXPORTED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The file, as the tool reads it.",
+        "content": {
+            media_type: {"schema": {"type": schema}}
+            for media_type, schema in (
+                ("application/json", "object"),
+                ("application/yaml", "object"),
+                ("text/plain", "string"),
+            )
+        },
+        "headers": {
+            "Content-Disposition": {"description": "Its usual file name.", "schema": {"type": "string"}}
+        },
     },
 }
 MADE: dict[int | str, dict[str, Any]] = {
@@ -61,24 +77,20 @@ def make_plan(
     owner: Planner,
     job_id: NewJobId,
 ) -> Response:
-    """Plan one budget from the newest profile of a model: 201. A model without one is profiled first: 202."""
+    """Plan one budget from the newest profile of a model: 201. What takes a worker is a job, 202: a model without a
+    profile is measured first, and a plan to verify afterwards."""
     profile_id = service.profiles.find(request.model)
-    if profile_id is None:
-        return _profiled_first(service, request, owner, job_id)
+    if profile_id is None or request.verify:
+        return _as_job(service, request, owner, job_id)
     return _planned(service, profile_id, request, owner)
 
 
-def _profiled_first(service: Service, request: PlanRequest, owner: Principal, job_id: str | None) -> Response:
+def _as_job(service: Service, request: PlanRequest, owner: Principal, job_id: str | None) -> Response:
+    from api.usecases import check_planning
+
     service.catalogue.resolve(request.model)
-    if request.constraints is not None:
-        raise ProblemError(
-            "unknown-profile", f"{request.model!r} has no profile to constrain; POST /v1/profiles makes one"
-        )
-    wanted = request.model_dump(mode="json", include={"model", "budget", "strategy"})
-    if request.budget is not None:
-        parse_budget(request.budget)
-    parse_strategy(request.strategy)
-    return job_accepted(service.jobs.submit("plan", wanted, owner.id, job_id))
+    check_planning(request.budget, request.strategy, request.constraints is not None, request.target)
+    return job_accepted(service.jobs.submit("plan", request.model_dump(mode="json"), owner.id, job_id))
 
 
 def _planned(service: Service, profile_id: str, request: PlanRequest, owner: Principal) -> Response:
@@ -90,16 +102,11 @@ def _planned(service: Service, profile_id: str, request: PlanRequest, owner: Pri
 
 def plan_of(service: Service, profile_id: str, request: PlanRequest) -> Plan:
     """The plan a request asks for. Raises the allocator's errors."""
-    from api.usecases import plan_budget, plan_constrained
+    from api.usecases import plan_budget
 
+    constraints = None if request.constraints is None else request.constraints.rules()
     profile = service.profiles.load(profile_id)
-    if request.constraints is None:
-        return plan_budget(profile, request.budget, request.strategy)
-    if request.strategy != "optimal":
-        raise ProblemError("strategy", "constraints go with the strategy optimal; leave one of them out")
-    if request.budget is None:
-        raise BudgetSyntaxError("a budget is missing; give one like 700MiB, 25% or 3.25bpw")
-    return plan_constrained(profile, request.budget, request.constraints.rules())
+    return plan_budget(profile, request.budget, request.strategy, constraints, request.target)
 
 
 @router.get("/{plan_id}", response_model=Plan, responses={**NOT_MODIFIED, **responses("unknown-plan")})
@@ -121,8 +128,32 @@ def explain_plan(
     layer: Annotated[str, Query(min_length=1, max_length=200, description="Layers by glob.")] = "*",
 ) -> ExplanationAnswer:
     """Why layers got what they got: marginal nats per MiB against the shadow price, next better and worse option."""
+    from api.usecases import menu_for
+
     plan = service.plans.plan(plan_id)
-    return explain(plan_id, plan, service.profiles.load(plan.profile_sha256).menu, layer)
+    return explain(plan_id, plan, menu_for(service.profiles.load(plan.profile_sha256), plan.target), layer)
+
+
+@router.get(
+    "/{plan_id}/export",
+    response_class=Response,
+    responses={**EXPORTED, **NOT_MODIFIED, **responses("unknown-plan", "export")},
+)
+def export_plan(
+    plan_id: PlanId,
+    service: ServiceOf,
+    reader: Reader,
+    format_name: Annotated[
+        FormatName, Query(alias="format", description="The tool's format.", examples=["llm-compressor"])
+    ],
+    if_none_match: IfNoneMatch = None,
+) -> Response:
+    """The plan as another tool reads it: a recipe, a configuration or a command; weights are not in it."""
+    form = FORMATS[format_name]
+    content = form.write(service.plans.plan(plan_id)).encode()
+    disposition = f'attachment; filename="{form.filename}"'
+    etag = f'"{plan_id}-{format_name}"'
+    return tagged(content, form.media_type, etag, if_none_match, **{"Content-Disposition": disposition})
 
 
 @router.get("/{plan_id}/diff/{other_id}", responses=responses("unknown-plan"))

@@ -54,7 +54,7 @@ def preview_plan(
     from api.usecases import plan_budget
 
     plan = plan_budget(service.profiles.load(profile_id), budget, strategy)
-    document = (plan.model_dump_json(indent=1) + "\n").encode()
+    document = plan.document()
     return tagged(document, JSON, f'"{sha256(document).hexdigest()[:32]}"', if_none_match)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from allocator import core, knapsack, relaxation
 from allocator.certificate import verify
 from allocator.errors import InfeasibleError, InvalidProblemError, ProblemTooLargeError
-from allocator.knapsack import solve
+from allocator.knapsack import Knapsack, solve
 from allocator.problem import Problem
 from benchmarks.instances import FAMILIES, MODELS, OPTIONS, model_instance, model_sizes, random_instance
 from benchmarks.solver_correctness import agree, complaint, highs_cost, reference_cost, solve_or_none
@@ -52,6 +52,7 @@ def crippled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Caps so small that lists are cut, stages left out and multipliers sampled even on toy problems."""
     monkeypatch.setattr(relaxation, "SAMPLE", 2)
     monkeypatch.setattr(relaxation, "NEAR", 2)
+    monkeypatch.setattr(knapsack, "NEAR", 2)
     monkeypatch.setattr(relaxation, "RUN", 16)
     monkeypatch.setattr(core, "EXPANSION_CAP", 40)
     monkeypatch.setattr(core, "LADDER", 2)
@@ -68,7 +69,10 @@ def test_at_its_caps_it_never_proves_falsely_and_never_overstates_its_bound() ->
         problem = random_instance(31, number)[1]
         solution = solve_or_none(problem)
         assert complaint(problem, solution, reference_cost(problem)) is None
-        unproven += solution is not None and not solution.proven
+        if solution is not None:
+            again = Knapsack.of(problem).solve(problem.budget_bytes)
+            assert complaint(problem, again, reference_cost(problem)) is None
+            unproven += not solution.proven
     assert unproven > 20
 
 
@@ -105,6 +109,36 @@ def test_models_are_solved_to_a_proof_that_verifies(model: str) -> None:
     certificate = verify(problem, solution)
     assert certificate.holds, certificate.faults
     assert certificate.gap < 1e-4 * certificate.cost
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_table_read_once_has_the_optimum_of_every_budget(family: str) -> None:
+    for seed in range(12):
+        problem = FAMILIES[family](np.random.default_rng((7, seed)))
+        knapsack = Knapsack.of(problem)
+        for share in (0.1, 0.5, 0.9, 1.0, 1.5):
+            budgeted = replace(problem, budget_bytes=int(problem.budget_bytes * share))
+            if solve_or_none(budgeted) is None:
+                with pytest.raises(InfeasibleError):
+                    knapsack.solve(budgeted.budget_bytes)
+                continue
+            solution = knapsack.solve(budgeted.budget_bytes)
+            assert solution.proven
+            assert complaint(budgeted, solution, reference_cost(budgeted)) is None
+            assert verify(budgeted, solution).holds
+
+
+@pytest.mark.parametrize("model", ["Qwen2-1.5B", "Llama-3-70B"])
+def test_a_model_read_once_is_solved_at_the_cost_it_has_alone(model: str) -> None:
+    problem = model_instance(model, 35, seed=3)
+    knapsack = Knapsack.of(problem)
+    for share in (0.8, 1.0, 1.3):
+        budgeted = replace(problem, budget_bytes=int(problem.budget_bytes * share))
+        found, alone = knapsack.solve(budgeted.budget_bytes), solve(budgeted)
+        assert found.proven and alone.proven
+        assert found.cost == pytest.approx(alone.cost, rel=1e-12)
+        assert found.shadow_price == pytest.approx(alone.shadow_price)
+        assert verify(budgeted, found).holds
 
 
 @given(instances)

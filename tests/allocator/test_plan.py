@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from allocator.budget import parse_budget
 from allocator.errors import BudgetAboveOriginalError, InfeasibleError, PlanError
-from allocator.knapsack import solve
-from allocator.plan import Plan, PlanBudget, PlanModel, budget_bytes, load_plan, make_plan
+from allocator.plan import Plan, PlanBudget, PlanModel, budget_bytes, load_plan
+from allocator.planner import Planner
 from allocator.problem import LayerMenu, Menu
 from allocator.storage import KEEP, Option, layer_bytes
 
@@ -34,17 +34,11 @@ def menu() -> Menu:
 
 
 def plan_at(menu: Menu, text: str) -> Plan:
+    planner = Planner(menu, PlanModel(id="m", revision=None, weights_sha256="w"), "p", (0.8, 1.25))
     total = budget_bytes(menu, parse_budget(text))
-    bound = solve(menu.problem(total))
-    return make_plan(
-        menu,
-        bound.choice,
-        model=PlanModel(id="m", revision=None, weights_sha256="w"),
-        profile_sha256="p",
-        budget=PlanBudget(text=text, bytes=total),
-        bound=bound,
-        strategy="optimal",
-        interval_factors=(0.8, 1.25),
+    bound = planner.optimum(total)
+    return planner.plan(
+        bound.choice, budget=PlanBudget(text=text, bytes=total), bound=bound, strategy="optimal"
     )
 
 
@@ -117,6 +111,7 @@ def test_the_file_has_the_fields_of_the_contract(menu: Menu, tmp_path: Path) -> 
     assert set(document) == {
         "schema_version", "model", "profile_sha256", "budget", "total_bytes", "predicted_kl",
         "predicted_kl_interval", "lower_bound", "gap", "shadow_price", "strategy", "target", "layers", "kept",
+        "verification",
     }  # fmt: skip
     assert set(document["model"]) == {"id", "revision", "weights_sha256"}
     assert document["budget"] == {"text": "45%", "bytes": int(0.45 * (30_401 + 2 * 200 * 864))}

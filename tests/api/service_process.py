@@ -56,6 +56,11 @@ class ServiceProcess:
     def log(self) -> str:
         return self._log.read_text()
 
+    def kill(self) -> None:
+        self.client.close()
+        self._process.kill()
+        self._process.wait()
+
     def stop(self) -> int:
         self.client.close()
         self._process.terminate()

@@ -138,6 +138,25 @@ def test_the_rate_limit_answers_429_over_http(tmp_path: Path) -> None:
     assert answers[-1].json()["type"] == "urn:bitrank:problem:too-many-requests"
 
 
+def test_a_full_queue_and_another_host_are_problems_and_a_health_check_is_not(tmp_path: Path) -> None:
+    _, key = KeyStore(open_database(Settings(data_dir=tmp_path))).create("eager", ("plan",))
+    limits = {"BITRANK_QUEUE_QUOTA": "1", "BITRANK_ALLOWED_HOSTS": "bitrank.example"}
+    process = ServiceProcess(tmp_path, host="0.0.0.0", **limits)
+    try:
+        headers = bearer(key) | {"Host": "bitrank.example"}
+        first, second = (
+            process.client.post("/v1/profiles", json={"model": "demo"}, headers=headers) for _ in range(2)
+        )
+        health = process.client.get("/healthz")
+        elsewhere = process.client.get("/healthz", headers={"Host": "rebound.example"})
+    finally:
+        process.stop()
+    assert (first.status_code, second.status_code) == (202, 429)
+    assert second.json()["type"] == "urn:bitrank:problem:queue-full"
+    assert int(second.headers["retry-after"]) > 0
+    assert (health.status_code, elsewhere.status_code) == (200, 400)
+
+
 @pytest.fixture
 def roots(tmp_path: Path) -> Settings:
     for name in ("models/good", "models/team/nested", "outside"):

@@ -12,7 +12,8 @@ from command_line import CommandLine
 from road import Road
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("demo", "profile", "plan", "frontier", "curves", "compress", "evaluate")
+COMMANDS = ("demo", "profile", "plan", "frontier", "curves", "compress", "evaluate", "export")
+SERVICE_COMMANDS = ("serve", "worker", "batch", "jobs", "keys")
 HEAVY = {"torch", "transformers", "numpy", "scipy", "cvxpy", "pandas", "pyarrow", "fastapi"}
 
 
@@ -30,7 +31,7 @@ def answer(bitrank: CommandLine, *arguments: str | Path) -> Any:
 # Help
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *COMMANDS, *SERVICE_COMMANDS])
 def test_help_imports_nothing_heavy(command: str) -> None:
     arguments = [*command.split(), "--help"]
     process = subprocess.run(
@@ -48,7 +49,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
 
 def test_help_names_every_command(bitrank: CommandLine) -> None:
     words = bitrank("--help").stdout.split()
-    assert [command for command in COMMANDS if command not in words] == []
+    assert [command for command in (*COMMANDS, *SERVICE_COMMANDS) if command not in words] == []
 
 
 def test_the_installed_script_is_the_module() -> None:
@@ -73,6 +74,17 @@ def test_profile_reports_what_it_measured(bitrank: CommandLine, road: Road) -> N
     assert report["measurements"] == 14 * (3 * 2 + 3)
     assert report["worst_r_squared"] > 0.9
     assert {file: file.stat().st_mtime_ns for file in road.profile.iterdir()} == before
+
+
+def test_factor_bits_are_measured_on_request(bitrank: CommandLine, road: Road) -> None:
+    arguments = ("profile", road.model, "-o", "out", "--tokens", "192", "--bits", "4", "--ranks", "0,4")
+    report = answer(bitrank, *arguments, "--group-sizes", "64", "--factor-bits", "4,16")
+    assert report["measurements"] == 14 * (1 + 2)
+    plan = answer(bitrank, "plan", "out", "--strategy", "uniform:4:r4")
+    assert {layer["factor_bits"] for layer in plan["layers"].values()} == {4}
+    outcome = bitrank("profile", road.model, "-o", "other", "--factor-bits", "3")
+    assert outcome.code == 2
+    assert "choose from [4, 8, 16]" in outcome.stderr
 
 
 def test_progress_goes_to_stderr(bitrank: CommandLine, road: Road) -> None:
@@ -218,3 +230,15 @@ def test_compress_is_told_where_a_model_that_moved_is(
     here = ("compress", tmp_path / "plan.json", "--profile", road.profile, "-o", tmp_path / "small")
     assert bitrank(*here).code == 1
     assert bitrank(*here, "--model", moved).code == 0
+
+
+def test_plan_verify_says_on_one_line_what_was_measured(
+    bitrank: CommandLine, road: Road, tmp_path: Path
+) -> None:
+    outcome = bitrank("plan", road.profile, "--budget", "2.8bpw", "--verify", "-o", tmp_path / "plan.json")
+    assert outcome.code == 0, outcome.stderr
+    verification = json.loads((tmp_path / "plan.json").read_text())["verification"]
+    (line,) = [line for line in outcome.stdout.splitlines() if line.startswith("measured KL")]
+    assert f"{verification['measured_kl']:.4f}" in line and f"{verification['uniform_kl']:.4f}" in line
+    assert ("this plan loses" in outcome.stderr) == (verification["verdict"] == "worse")
+    assert not list(tmp_path.glob("bitrank-verify-*"))

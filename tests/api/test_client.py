@@ -76,6 +76,10 @@ def test_errors_of_planning_are_the_ones_planning_here_raises(remote: Client) ->
         remote.plan("model", "many")
 
 
+def test_a_plan_is_exported(remote: Client, plan_id: str) -> None:
+    assert remote.export(plan_id, "pattern-overrides").startswith("pattern_overrides:\n")
+
+
 def test_a_refusal_names_its_kind(remote: Client) -> None:
     with pytest.raises(ServiceError) as refused:
         remote.job("none")

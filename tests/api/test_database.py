@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,9 +16,11 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from road import Road
-from sqlalchemy import select
+from sqlalchemy import make_url, select
+from sqlalchemy.exc import SQLAlchemyError
 
 from allocator.plan import load_plan
+from api import plan_store
 from api.cursor import decode_cursor, encode_cursor
 from api.database import Base, Database, DatabaseError, JobRow, PlanRow, make_engine, migrate, open_database
 from api.plan_store import PlanStore
@@ -133,6 +137,51 @@ def test_a_plan_is_stored_once_and_read_to_the_byte(
         fresh.read("0" * 32)
 
 
+def test_plans_saved_at_once_are_all_stored(settings: Settings, database: Database, road: Road) -> None:
+    store, plan = PlanStore(settings, database), load_plan(road.plan)
+    plans = [plan.model_copy(update={"total_bytes": number}) for number in range(64)]
+    with ThreadPoolExecutor(16) as threads:
+        saved = list(threads.map(lambda plan: store.save(plan, None), [*plans, *plans]))
+    fresh = PlanStore(settings, database)
+    assert saved == [(plan_id, fresh.read(plan_id)) for plan_id, _ in saved]
+    assert len({plan_id for plan_id, _ in saved}) == 64
+
+
+def test_a_plan_that_cannot_be_stored_is_not_said_to_be(
+    settings: Settings, database: Database, road: Road
+) -> None:
+    store, plan = PlanStore(settings, database), load_plan(road.plan)
+    plans = [plan.model_copy(update={"total_bytes": number}) for number in range(16)]
+    Base.metadata.drop_all(database.engine, [PlanRow.__table__])
+    with ThreadPoolExecutor(16) as threads:
+        futures = [threads.submit(store.save, plan, None) for plan in plans]
+    assert all(isinstance(future.exception(), SQLAlchemyError) for future in futures)
+    Base.metadata.create_all(database.engine)
+    plan_id, document = store.save(plan, None)
+    assert PlanStore(settings, database).read(plan_id) == document
+
+
+def test_plans_in_memory_are_bounded_in_number_and_bytes(
+    settings: Settings, database: Database, road: Road, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = load_plan(road.plan)
+    size = len(plan.document())
+    store = PlanStore(replace(settings, cached_plans=4), database)
+    saved = [store.save(plan.model_copy(update={"gap": number}), None)[0] for number in range(8)]
+    assert [store.cached(plan_id) is not None for plan_id in saved] == [False] * 4 + [True] * 4
+    monkeypatch.setattr(plan_store, "MOST_CACHED_BYTES", 2 * size)
+    store.read(saved[0])
+    assert sum(store.cached(plan_id) is not None for plan_id in saved) in (1, 2)
+
+
+def test_sqlite_has_what_it_committed_on_the_disk(tmp_path: Path) -> None:
+    database = open_database(Settings(data_dir=tmp_path))
+    with database.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+    database.close()
+
+
 def test_a_profile_is_registered_once_and_found_by_its_model(
     settings: Settings, database: Database, road: Road
 ) -> None:
@@ -175,6 +224,20 @@ def test_settings_come_from_the_environment() -> None:
     for name, value in (("BURST", "many"), ("BURST", "0"), ("BODY_SECONDS", "nan"), ("HUB", "maybe")):
         with pytest.raises(SettingsError, match=name):
             Settings.from_environment({f"BITRANK_{name}": value})
+
+
+def test_a_secret_may_come_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("p@ss word\n")
+    environment = {
+        "BITRANK_DATABASE_URL": "postgresql://ann@host/x",
+        "BITRANK_DATABASE_PASSWORD_FILE": str(tmp_path / "password"),
+    }
+    found = Settings.from_environment(environment)
+    assert make_url(found.url).password == "p@ss word"
+    assert make_url(found.url).host == "host"
+    assert "p@ss" not in repr(found)
+    with pytest.raises(SettingsError, match="BITRANK_STORE_FILE"):
+        Settings.from_environment({"BITRANK_STORE_FILE": str(tmp_path / "absent")})
 
 
 @pytest.mark.parametrize(("host", "needed"), [("127.0.0.1", False), ("::1", False), ("localhost", False)])

@@ -20,6 +20,7 @@ from api.job_cli import read_batch
 from api.job_schemas import JobEvent
 from api.jobs import Jobs, QuotaError, UnknownJobError
 from api.ledger import Ledger
+from api.plan_store import PlanStore
 from api.problems import ProblemError
 from api.settings import Settings
 from api.workflows import is_transient, persistently
@@ -37,14 +38,8 @@ from benchmarks.installation import (
 from benchmarks.witness import Witness
 from profiler.calibration import silent
 from profiler.checkpoint import find_model
-from profiler.profile import (
-    ProfileSettings,
-    begin_profile,
-    finish_profile,
-    load_profile,
-    open_run,
-    sweep_block,
-)
+from profiler.profile import load_profile
+from profiler.run import ProfileSettings, begin_profile, finish_profile, open_run, sweep_block
 
 SMALL = {"model": "small", "settings": GRID}
 
@@ -217,6 +212,19 @@ def test_a_plan_is_carried_out_and_measured(sqlite: Installation) -> None:
     assert record.result["kl_nats"] > 0
     checkpoint = sqlite.settings.checkpoints_dir / planned.result["plan_id"]
     assert (checkpoint / "config.json").exists()
+
+
+def test_a_plan_to_verify_is_answered_with_what_was_measured(sqlite: Installation) -> None:
+    wanted = SMALL | {"budget": "2.8bpw", "verify": True}
+    record = finished(sqlite.jobs, sqlite.jobs.submit("plan", wanted, None).id)
+    assert record.state == "done" and record.result is not None, record.error
+    database = open_database(sqlite.settings)
+    plan = PlanStore(sqlite.settings, database).plan(record.result["plan_id"])
+    database.close()
+    assert plan.verification is not None
+    assert record.result["verification"] == plan.verification.model_dump(mode="json")
+    assert plan.verification.measured_kl > 0 and plan.verification.swaps > 0
+    assert plan.total_bytes <= plan.budget.bytes
 
 
 def test_a_wrong_job_fails_once_with_a_problem(sqlite: Installation) -> None:

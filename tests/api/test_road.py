@@ -20,7 +20,8 @@ from api.report import render_report
 from profiler.calibration import silent, windows
 from profiler.checkpoint import DEMO_PATH, find_model, tensor_bytes
 from profiler.layers import load_model
-from profiler.profile import Profile, ProfileSettings
+from profiler.profile import Profile
+from profiler.run import ProfileSettings
 
 BUDGETS = ("2.5bpw", "3.0bpw", "3.3bpw", "4.3bpw", "45%")
 

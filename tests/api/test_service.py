@@ -13,11 +13,13 @@ from pathlib import Path
 import httpx
 import pyarrow.parquet as parquet
 import pytest
+from command_line import CommandLine
 from road import Road
 from service_process import ServiceProcess
 
 from allocator.plan import MIB, Plan
 from api.usecases import plan_budget
+from benchmarks.cluster import Cluster, binary
 from profiler.profile import load_profile
 
 
@@ -34,7 +36,25 @@ def test_a_plan_of_a_known_profile_is_made_at_once(client: httpx.Client, road: R
     made = client.post("/v1/plans", json={"model": "model", "budget": "3.4bpw"})
     expected = plan_budget(load_profile(road.profile), "3.4bpw")
     assert made.status_code == 201
-    assert Plan.model_validate_json(made.content) == expected
+    assert made.content == expected.document()
+
+
+def test_a_plan_has_the_bytes_that_the_command_line_writes(
+    client: httpx.Client, bitrank: CommandLine, road: Road, tmp_path: Path
+) -> None:
+    for number, budget in enumerate(("2.9bpw", "3.45bpw", "95%")):
+        made = client.post("/v1/plans", json={"model": "model", "budget": budget})
+        bitrank("plan", road.profile, "--budget", budget, "-o", tmp_path / f"{number}.json")
+        assert (tmp_path / f"{number}.json").read_bytes() == made.content
+
+
+def test_an_answered_plan_outlives_a_killed_server(road: Road, tmp_path: Path) -> None:
+    first = ServiceProcess(tmp_path / "data", "--profile", road.profile)
+    made = first.client.post("/v1/plans", json={"model": "model", "budget": "3.21bpw"})
+    first.kill()
+    second = ServiceProcess(tmp_path / "data")
+    assert second.client.get(made.headers["location"]).content == made.content
+    second.stop()
 
 
 def test_a_plan_is_addressed_by_the_digest_of_its_bytes(client: httpx.Client, tmp_path: Path) -> None:
@@ -190,6 +210,29 @@ def test_an_idempotency_key_carries_a_request_out_once(client: httpx.Client) -> 
     assert second.headers["idempotency-replayed"] == "true"
 
 
+def test_every_post_repeats_its_answer_under_one_idempotency_key(client: httpx.Client, plan_id: str) -> None:
+    job = submitted(client).headers["location"]
+    bodies: dict[str, dict[str, object] | None] = {
+        "/v1/plans": {"model": "model", "budget": "3.5bpw"},
+        "/v1/profiles": {"model": "demo"},
+        "/v1/batches": {"jobs": [{"model": "model", "budgets": ["3bpw"]}]},
+        "/v1/compressions": {"plan": plan_id},
+        "/v1/evaluations": {"plan": plan_id},
+        "/v1/jobs/{job_id}/cancel": None,
+    }
+    operations = client.get("/openapi.json").json()["paths"]
+    assert {path for path, methods in operations.items() if "post" in methods} == set(bodies)
+    for path, body in bodies.items():
+        documented = [parameter["name"].lower() for parameter in operations[path]["post"]["parameters"]]
+        assert "idempotency-key" in documented, path
+        address = path.replace("/v1/jobs/{job_id}", job)
+        headers = {"Idempotency-Key": f"every {path}"}
+        first, second = (client.post(address, json=body, headers=headers) for _ in range(2))
+        assert first.is_success and "idempotency-replayed" not in first.headers, first.text
+        assert (second.status_code, second.content) == (first.status_code, first.content)
+        assert second.headers["idempotency-replayed"] == "true"
+
+
 def test_concurrent_requests_with_one_key_make_one_job(client: httpx.Client, service: ServiceProcess) -> None:
     answers: list[httpx.Response] = []
 
@@ -293,6 +336,28 @@ def test_the_openapi_document_describes_every_error_as_a_problem(client: httpx.C
             for status, answer in operation["responses"].items():
                 if int(status) >= 400:
                     assert list(answer["content"]) == ["application/problem+json"], (path, status)
+
+
+def test_a_server_is_ready_only_while_its_database_answers(tmp_path: Path) -> None:
+    try:
+        binary("initdb")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    cluster = Cluster()
+    server = ServiceProcess(tmp_path / "data", BITRANK_DATABASE_URL=cluster.url)
+    try:
+        assert server.client.get("/readyz").status_code == 200
+        cluster.stop()
+        away = server.client.get("/readyz")
+        assert (away.status_code, away.headers["content-type"]) == (503, "application/problem+json")
+        assert away.json()["type"] == "urn:bitrank:problem:unavailable"
+        assert int(away.headers["retry-after"]) > 0
+        assert server.client.get("/healthz").status_code == 200
+        cluster.start()
+        assert server.client.get("/readyz").status_code == 200
+    finally:
+        server.stop()
+        cluster.remove()
 
 
 def test_plans_survive_a_restart(road: Road, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import compressor.decompose as module
 from allocator.storage import Option
 from compressor.decompose import Curvature, Decomposition, RankError, decompose, squared_error
 
@@ -18,10 +17,12 @@ SLACK = 1.01
 """Rounding is not monotone to the last digit."""
 
 
-def carry_out(w_OI: Tensor, hessian_II: Tensor, options: list[Option], rounds: int = 4) -> list[float]:
+def carry_out(
+    w_OI: Tensor, hessian_II: Tensor, options: list[Option], rounds: int = 4, elements: int = 10**6
+) -> list[float]:
     """Squared output error of every option on one matrix."""
     found: dict[int, Decomposition] = dict(
-        decompose([w_OI] * len(options), Curvature.of(hessian_II), options, rounds)
+        decompose([w_OI] * len(options), Curvature.of(hessian_II), options, rounds, elements)
     )
     assert sorted(found) == list(range(len(options)))
     return [squared_error(w_OI, found[p].dense(), hessian_II) for p in range(len(options))]
@@ -65,15 +66,12 @@ def test_alternating_is_never_worse_than_one_shot_and_pays_on_heavy_tails(
     assert sum(often) < 0.99 * sum(once)
 
 
-def test_batches_change_nothing_but_the_order(
-    normal: MakeTensor, correlated: MakeTensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_change_nothing_but_the_order(normal: MakeTensor, correlated: MakeTensor) -> None:
     options = [
         Option(3, 4, 32, 4), Option(2, 0, 64, 0), Option(0, 8, 0, 8), Option(4, 2, 64, 16), Option(8, 0, 128, 0)
     ]  # fmt: skip
     together = carry_out(normal(32, 64), correlated(64), options)
-    monkeypatch.setattr(module, "MAXIMUM_ELEMENTS", 1)
-    apart = carry_out(normal(32, 64), correlated(64), options)
+    apart = carry_out(normal(32, 64), correlated(64), options, elements=1)
     assert apart == pytest.approx(together, rel=0.02)
 
 

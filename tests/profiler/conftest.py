@@ -20,7 +20,8 @@ from transformers import (
 from profiler.calibration import silent
 from profiler.checkpoint import find_model
 from profiler.layers import LoadedModel, load_model
-from profiler.profile import Profile, ProfileSettings, build_profile
+from profiler.profile import Profile
+from profiler.run import ProfileSettings, build_profile
 
 torch.set_num_threads(1)
 

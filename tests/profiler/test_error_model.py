@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from allocator.storage import Option
 from profiler.error_model import ErrorModel, fit_error_model
-from profiler.sweep import Measurement
+from profiler.measurement import Measurement
 
 N = 256
 BITS, RANKS, SIZES = (2, 3, 4, 5, 6, 8), (4, 8, 16, 32, 64, 128), (32, 64, 128)

@@ -11,8 +11,10 @@ import torch
 
 from allocator.storage import KEEP, Option
 from compressor.decompose import Curvature, decompose
-from profiler.layers import LoadedModel
-from profiler.probes import Gain, Probe, calibrate, keeper, measure_probes, read_probe
+from profiler.checkpoint import find_model
+from profiler.gain import Gain, Probe, calibrate
+from profiler.layers import LoadedModel, open_model
+from profiler.probes import keeper, measure_probes, read_probe
 from profiler.profile import Profile
 
 STUDENT_95_1 = 6.313751514675043
@@ -66,20 +68,21 @@ def test_a_kept_probe_is_read_back_as_it_was(tiny_llama: LoadedModel, tmp_path: 
     assert torch.equal(read_probe(tmp_path, layer, options[0]), found[0].dense())
 
 
-def test_exact_weights_measure_no_divergence(tiny_llama: LoadedModel, tmp_path: Path) -> None:
-    """A probe at 8 bits of weights that lie on its grid is the model itself."""
+def test_exact_weights_measure_no_divergence(model_directory: Callable[[str], Path], tmp_path: Path) -> None:
+    """A probe of weights that lie on its grid is the model itself."""
+    loaded = open_model(find_model(str(model_directory("llama"))))
     option, tokens_NT = (
         Option(3, 0, 64, 0),
         torch.randint(128, (4, 32), generator=torch.Generator().manual_seed(1)),
     )
-    for layer in tiny_llama.layers:
-        ((_, found),) = decompose(
-            [tiny_llama.weight(layer)], Curvature.of(torch.eye(layer.columns)), [option]
-        )
+    for layer in loaded.layers:
+        ((_, found),) = decompose([loaded.weight(layer)], Curvature.of(torch.eye(layer.columns)), [option])
         keeper(tmp_path)(layer, found)
-        tiny_llama.model.get_submodule(layer.name).weight.data.copy_(found.dense())
-    (measured,) = measure_probes(tiny_llama, tokens_NT, {option: 0.1}, tmp_path, lambda *_: None)
-    assert measured.measured_kl == pytest.approx(0, abs=1e-6)
+    with loaded.replacing(lambda layer: read_probe(tmp_path, layer, option)):
+        (same,) = measure_probes(loaded, tokens_NT, {option: 0.1}, tmp_path, lambda *_: None)
+    (other,) = measure_probes(loaded, tokens_NT, {option: 0.1}, tmp_path, lambda *_: None)
+    assert same.measured_kl == pytest.approx(0, abs=1e-6)
+    assert other.measured_kl > 1e-3
 
 
 def test_a_profile_s_costs_are_error_times_sensitivity_times_gain(

@@ -17,7 +17,8 @@ from allocator.storage import KEEP
 from api.usecases import compress_plan, plan_budget
 from profiler.calibration import silent
 from profiler.checkpoint import find_model, tensor_bytes
-from profiler.profile import Profile, ProfileError, ProfileSettings, build_profile, load_profile
+from profiler.profile import Profile, ProfileError, load_profile
+from profiler.run import ProfileSettings, build_profile
 
 SMALL = ProfileSettings(
     tokens=320, bits=(2, 3, 4), ranks=(0, 4), group_sizes=(64,), factor_bits=(8,), rounds=1

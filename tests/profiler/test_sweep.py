@@ -11,8 +11,9 @@ from allocator.storage import Option
 from compressor.decompose import Curvature, Decomposition, decompose
 from profiler.calibration import InputMoment
 from profiler.layers import Layer, LoadedModel
+from profiler.measurement import GridSettings
 from profiler.profile import Profile
-from profiler.sweep import GridSettings, default_ranks, sweep_moment
+from profiler.sweep import default_ranks, sweep_moment
 
 GRID = GridSettings((2, 4), (0, 4), (32, 64), (64,), (4, 8))
 

@@ -1,0 +1,27 @@
+"""What a format cannot hold, as errors that say what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from allocator.errors import ExportError
+from allocator.plan import Plan
+from allocator.storage import KEEP_BITS
+
+
+def refuse_ranks(plan: Plan, tool: str, advice: str) -> None:
+    """Raise `ExportError` when the plan buys rank, which `tool` cannot carry."""
+    ranked = [name for name, layer in plan.layers.items() if layer.rank]
+    if ranked:
+        raise ExportError(
+            f"{tool} cannot carry low-rank corrections, and the plan buys them for {len(ranked)} layers, the first"
+            f" {ranked[0]} (rank {plan.layers[ranked[0]].rank}); {advice}"
+        )
+
+
+def refuse_widths(plan: Plan, tool: str, widths: Collection[int], advice: str) -> None:
+    """Raise `ExportError` when a layer has bits that `tool` does not run; kept layers always pass."""
+    for name, layer in plan.layers.items():
+        if layer.bits not in widths and layer.bits != KEEP_BITS:
+            told = ", ".join(map(str, sorted(widths)))
+            raise ExportError(f"{tool} runs {told} bits, and the plan gives {name} {layer.bits}; {advice}")

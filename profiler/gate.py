@@ -1,0 +1,142 @@
+"""The do-no-harm gate: a plan is measured beside uniform compression of the same bytes before anybody relies on it.
+
+What lives here: which models are measured (the plan, its nearest neighbours, the uniform plans on either side), on
+windows that neither the statistics nor the sweep saw, and what is concluded. Measuring is in `trial.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from allocator.errors import AllocationError
+from allocator.neighbours import neighbours
+from allocator.plan import MIB, Plan, with_choice
+from allocator.problem import Integers, Menu
+from allocator.strategies import choice_bytes, uniform
+from allocator.verification import Verification, verdict
+from profiler.calibration import Progress
+from profiler.layers import LoadedModel
+from profiler.profile import Profile
+from profiler.trial import Trial, measure_trials
+
+SWAPS = 4
+"""Neighbouring plans measured beside the solver's."""
+UNIFORM_BITS = (2, 3, 4, 5, 6, 8)
+RESAMPLES = 2000
+
+
+def verified(
+    loaded: LoadedModel, profile: Profile, plan: Plan, folder: Path, progress: Progress, swaps: int = SWAPS
+) -> Plan:
+    """The plan, or a neighbour that measured better by more than the error, with its `verification`.
+
+    A plan that lost to uniform says so in its verdict. folder: an empty one to work in.
+    """
+    menu, tokens_NT = profile.menu, profile.probe_tokens()
+    chosen = _choice(menu, plan)
+    price = plan.shadow_price / MIB
+    candidates = [chosen, *neighbours(menu, chosen, plan.budget.bytes, price, swaps)]
+    beside = _uniform_beside(menu, plan.total_bytes)
+    trials = [_trial(menu, choice) for choice in (*candidates, *(choice for _, choice in beside))]
+    kl_PN = measure_trials(loaded, profile.calibration_tokens(), tokens_NT, trials, folder, progress)
+    best = _best(kl_PN[: len(candidates)])
+    total_bytes = choice_bytes(menu, candidates[best])
+    uniform_points = [(size, kl_N) for (size, _), kl_N in zip(beside, kl_PN[len(candidates) :], strict=True)]
+    found = _against_uniform(kl_PN[best], uniform_points, total_bytes)
+    return with_choice(plan, menu, candidates[best], profile.interval_factors).model_copy(
+        update={
+            "verification": Verification(
+                text="held-back calibration windows",
+                tokens=tokens_NT.numel() - len(tokens_NT),
+                measured_kl=kl_PN[best].mean().item(),
+                standard_error=_standard_error(kl_PN[best]),
+                uniform_kl=found.uniform_kl,
+                difference=found.difference,
+                difference_error=found.error,
+                swaps=len(candidates) - 1,
+                swapped=best != 0,
+                verdict=verdict(found.difference, found.error),
+            )
+        }
+    )
+
+
+def _choice(menu: Menu, plan: Plan) -> Integers:
+    from numpy import array, int64
+
+    return array([layer.options.index(plan.layers[layer.name].option) for layer in menu.layers], dtype=int64)
+
+
+def _trial(menu: Menu, choice: Integers) -> Trial:
+    return {
+        layer.name: layer.options[index] for layer, index in zip(menu.layers, choice.tolist(), strict=True)
+    }
+
+
+def _uniform_beside(menu: Menu, total_bytes: int) -> list[tuple[int, Integers]]:
+    """The largest uniform plan of at most these bytes and the smallest of at least as many; none, where one lacks."""
+    plans = []
+    for bits in UNIFORM_BITS:
+        try:
+            choice = uniform(menu, bits)
+        except AllocationError:
+            continue
+        plans.append((choice_bytes(menu, choice), choice))
+    below = [found for found in plans if found[0] <= total_bytes]
+    above = [found for found in plans if found[0] >= total_bytes]
+    if not below or not above:
+        return []
+    return [below[-1]] if below[-1][0] == above[0][0] else [below[-1], above[0]]
+
+
+def _best(kl_PN: Tensor) -> int:
+    """The first plan, unless another measured less by more than the standard error of the difference."""
+    best = 0
+    for index in range(1, len(kl_PN)):
+        gain_N = kl_PN[best] - kl_PN[index]
+        if gain_N.mean() > _standard_error(gain_N):
+            best = index
+    return best
+
+
+def _standard_error(value_N: Tensor) -> float:
+    return value_N.std().item() / len(value_N) ** 0.5 if len(value_N) > 1 else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    uniform_kl: float | None
+    difference: float | None
+    error: float | None
+
+
+def _against_uniform(
+    kl_N: Tensor, uniform_points: Sequence[tuple[int, Tensor]], total_bytes: int
+) -> _Comparison:
+    """The plan's mean KL less that of uniform, log-interpolated in bytes, and the bootstrap error of that."""
+    if not uniform_points:
+        return _Comparison(None, None, None)
+    generator = torch.Generator().manual_seed(0)
+    resampled_BN = torch.randint(len(kl_N), (RESAMPLES, len(kl_N)), generator=generator)
+    everything_1N = torch.arange(len(kl_N))[None]
+
+    def differences(window_BN: Tensor) -> Tensor:
+        uniform_B = _interpolated(
+            [(size, u_N[window_BN].mean(1)) for size, u_N in uniform_points], total_bytes
+        )
+        return kl_N[window_BN].mean(1) - uniform_B
+
+    difference = differences(everything_1N).item()
+    error = differences(resampled_BN).std().item()
+    return _Comparison(kl_N.mean().item() - difference, difference, error)
+
+
+def _interpolated(points: Sequence[tuple[int, Tensor]], total_bytes: int) -> Tensor:
+    (small, low_B), (large, high_B) = points[0], points[-1]
+    share = (total_bytes - small) / (large - small) if large > small else 0.0
+    return torch.exp(low_B.log() * (1 - share) + high_B.log() * share)

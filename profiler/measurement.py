@@ -1,0 +1,47 @@
+"""What a profile measures of a layer: the grid of options and the error at each. Measuring them is in `sweep.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from allocator.storage import Option
+
+if TYPE_CHECKING:
+    from profiler.layers import Layer
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+FACTOR_BITS = (4,)
+
+
+@dataclass(frozen=True, slots=True)
+class GridSettings:
+    """What the sweep measures: every bits × group size at rank 0, and every bits × rank at `rank_group_sizes`."""
+
+    bits: tuple[int, ...]
+    ranks: tuple[int, ...]
+    group_sizes: tuple[int, ...]
+    rank_group_sizes: tuple[int, ...]
+    factor_bits: tuple[int, ...]
+
+    def options(self, layer: Layer) -> list[Option]:
+        """The options of one layer; ranks above half its smaller side are left out, they would cost more than W."""
+        plain = [Option(bits, 0, size, 0) for bits in self.bits for size in self.group_sizes]
+        mixed = [
+            Option(bits, rank, size, factor_bits)
+            for bits in self.bits
+            for rank in self.ranks
+            for size in self.rank_group_sizes
+            for factor_bits in self.factor_bits
+            if 0 < rank <= min(layer.rows, layer.columns) // 2
+        ]
+        return plain + mixed
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """error: relative squared output error tr(ΔW H ΔWᵀ)/tr(W H Wᵀ)."""
+
+    option: Option
+    error: float

@@ -1,0 +1,88 @@
+"""Blocks in memory only while they run.
+
+What lives here: reading a block's weights just before it is called and dropping them right after, so that a model of
+any depth takes the memory of one block (and of what lies outside the blocks: embeddings, norms, the head). A backward
+pass keeps what it needs alive by itself. Where the weights are stored is the caller's: it gives a function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Read = Callable[[str], Tensor]
+
+
+class Offload:
+    """Keeps the parameters of `block_names` off memory between calls; all else is read to `device` at once.
+
+    model: its parameters may be on the meta device. read: a parameter by its full name. Computes in float32.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, block_names: Sequence[str], read: Read, device: torch.device
+    ) -> None:
+        self._read, self._device = read, device
+        self._resident: nn.Module | None = None
+        inside = tuple(f"{name}." for name in block_names)
+        stored = model.state_dict().keys() - model.all_tied_weights_keys.keys()
+        parameters = {name for name, _ in model.named_parameters()}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.startswith(inside) and name in parameters:
+                continue
+            if name in stored:
+                _put(model, name, self._value(name))
+            elif not tensor.is_meta:
+                _put(model, name, tensor.to(device))
+        model.tie_weights()
+        for name in block_names:
+            block = model.get_submodule(name)
+            _drop(block)
+            block.register_forward_pre_hook(self._fetching(name))
+            block.register_forward_hook(self._dropping)
+
+    @contextmanager
+    def reading(self, read: Read) -> Iterator[None]:
+        """While open, blocks are read from elsewhere."""
+        before, self._read = self._read, read
+        try:
+            yield
+        finally:
+            self._read = before
+
+    def _value(self, name: str) -> Tensor:
+        value = self._read(name).to(self._device)
+        return value.float() if value.is_floating_point() else value
+
+    def _fetching(self, block_name: str) -> Callable[..., None]:
+        def fetch(block: nn.Module, arguments: Any) -> None:
+            if self._resident is not None:
+                _drop(self._resident)
+            self._resident = block
+            for key, _ in list(block.named_parameters()):
+                _put(block, key, self._value(f"{block_name}.{key}"))
+
+        return fetch
+
+    def _dropping(self, block: nn.Module, arguments: Any, output: Any) -> None:
+        _drop(block)
+        self._resident = None
+
+
+def _drop(block: nn.Module) -> None:
+    for key, parameter in list(block.named_parameters()):
+        _put(block, key, torch.empty_like(parameter, device="meta"))
+
+
+def _put(root: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, key = name.rpartition(".")
+    module = root.get_submodule(owner)
+    if key in module._parameters:
+        module._parameters[key] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[key] = value

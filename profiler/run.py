@@ -1,0 +1,422 @@
+"""Making a profile: begun once, swept block by block in any order and process, finished once; resumable throughout.
+
+What lives here: settings, the run and its files under `.work`, and writing the profile directory. What the files of a
+finished one mean is in `profile.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import torch
+import transformers
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from allocator.atomic import write_atomically
+from allocator.plan import PlanModel
+from allocator.storage import Option
+from compressor.decompose import ROUNDS
+from profiler.calibration import (
+    BlockCall,
+    BlockInputs,
+    CalibrationError,
+    Progress,
+    block_calls,
+    gradient_moments,
+    input_moments,
+    sample_tokens,
+    silent,
+    text_tokens,
+    tokens_sha256,
+)
+from profiler.checkpoint import DEMO, DEMO_PATH, ModelRef, check_uncompressed, weights_sha256
+from profiler.error_model import fit_error_model
+from profiler.gain import Probe, calibrate
+from profiler.layers import Layer, LoadedModel, load_model, open_model
+from profiler.measurement import BITS, FACTOR_BITS, GROUP_SIZES, GridSettings, Measurement
+from profiler.memory import return_freed_memory
+from profiler.probes import PROBES, keeper, measure_probes
+from profiler.profile import (
+    COLUMNS,
+    SCHEMA_VERSION,
+    CalibrationRecord,
+    LayerRecord,
+    Profile,
+    ProfileDocument,
+    ProfileError,
+    load_profile,
+)
+from profiler.sweep import LayerSweep, default_ranks, sweep_moment
+
+DEFAULT_TOKENS = 40_960
+PROBE_SHARE = 5
+"""One window in so many, but two at least, is held back from the statistics and measures the probes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileSettings:
+    """How to profile. `calibration` None samples text from the model itself; ranks None picks them by width;
+    rank_group_sizes None measures ranks at group 64 alone (at all three, the sweep takes about three times as long)."""
+
+    calibration: Path | None = None
+    tokens: int = DEFAULT_TOKENS
+    seed: int = 0
+    device: str = "cpu"
+    bits: tuple[int, ...] = BITS
+    ranks: tuple[int, ...] | None = None
+    group_sizes: tuple[int, ...] = GROUP_SIZES
+    rank_group_sizes: tuple[int, ...] | None = None
+    factor_bits: tuple[int, ...] = FACTOR_BITS
+    rounds: int = ROUNDS
+
+
+def build_profile(ref: ModelRef, output: Path, settings: ProfileSettings, progress: Progress) -> Profile:
+    """Profile a model into `output`, resuming an interrupted run of the same settings.
+
+    A finished profile of the same model and settings is returned as it is. Raises `ProfileError` when the directory
+    holds something else.
+    """
+    run = open_run(ref, output, settings)
+    if is_finished(output, run.request):
+        return load_profile(output)
+    begin_profile(run, progress)
+    for index in range(run.block_count):
+        sweep_block(run, index, progress)
+    return finish_profile(run, progress)
+
+
+@dataclass(frozen=True)
+class ProfileRun:
+    """A profile being made in `output`: begun once, swept block by block in any order and process, finished once.
+
+    Everything here follows from the model, the settings and the files under `work`, so that processes which share
+    the directory share the run.
+    """
+
+    output: Path
+    settings: ProfileSettings
+    loaded: LoadedModel
+    weights: str
+    grid: GridSettings
+    request: str
+
+    @property
+    def work(self) -> Path:
+        return self.output / ".work"
+
+    @property
+    def block_count(self) -> int:
+        return len(self.loaded.block_names)
+
+    @cached_property
+    def given(self) -> tuple[Tensor | None, str]:
+        """Token windows of the given or shipped text, None where they are sampled, and their source."""
+        return given_tokens(self.loaded, self.settings)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Every window (N, T) in the order of the seed; once begun, sampled windows come from `work`."""
+        given_NT, seed = self.given[0], self.settings.seed
+        if given_NT is None:
+            given_NT = sampled_tokens(self.loaded.ref, self.settings, self.work, silent)
+        return shuffled(given_NT, seed)
+
+    @property
+    def probe_windows(self) -> int:
+        return max(2, len(self.tokens) // PROBE_SHARE)
+
+    @property
+    def fitting_tokens(self) -> Tensor:
+        return self.tokens[: len(self.tokens) - self.probe_windows]
+
+    @property
+    def probe_tokens(self) -> Tensor:
+        return self.tokens[len(self.tokens) - self.probe_windows :]
+
+    @cached_property
+    def inputs(self) -> list[BlockInputs]:
+        return block_inputs(self.loaded, self.fitting_tokens, self.work)
+
+    @cached_property
+    def moments(self) -> dict[str, Tensor]:
+        """diag G of every layer, from `work` once begun."""
+        return gradient_statistics(
+            self.loaded, self.fitting_tokens, self.settings.seed, self.inputs, self.work, silent
+        )
+
+    @cached_property
+    def calls(self) -> dict[int, list[BlockCall]]:
+        return block_calls(self.loaded, self.fitting_tokens)
+
+    def layer_file(self, layer: Layer) -> Path:
+        """Where a layer's sweep lies once it is finished."""
+        return self.work / "layers" / f"{layer.name}.json"
+
+    def is_swept(self, layers: Iterable[Layer]) -> bool:
+        return all(self.layer_file(layer).exists() for layer in layers)
+
+    def report_sweep(self, progress: Progress) -> None:
+        done = sum(self.layer_file(layer).exists() for layer in self.loaded.layers)
+        progress("sweep", done, len(self.loaded.layers))
+
+
+def open_run(ref: ModelRef, output: Path, settings: ProfileSettings) -> ProfileRun:
+    """Load the model for a profile in `output`, which is neither read nor written yet."""
+    return_freed_memory()
+    check_uncompressed(ref)
+    weights = weights_sha256(ref)
+    loaded = open_model(ref, settings.device)
+    grid = grid_of(loaded, settings)
+    request = json.dumps(
+        {"weights": weights, "grid": asdict(grid), "settings": describe(settings)}, sort_keys=True
+    )
+    return ProfileRun(output, settings, loaded, weights, grid, request)
+
+
+def begin_profile(run: ProfileRun, progress: Progress) -> None:
+    """Tokens, gradient moments and every block's inputs into `run.work`, unless there. One process at a time."""
+    given_NT, _ = run.given
+    prepare(run.output, run.request)
+    if given_NT is None:
+        sampled_tokens(run.loaded.ref, run.settings, run.work, progress)
+    gradient_statistics(run.loaded, run.fitting_tokens, run.settings.seed, run.inputs, run.work, progress)
+
+
+def sweep_block(run: ProfileRun, index: int, progress: Progress) -> list[str]:
+    """Measure the layers of one block of a begun run that have no file yet; the names of those measured."""
+    measured: list[str] = []
+    run.report_sweep(progress)
+    if run.is_swept(run.loaded.layers_of(index)):
+        return measured
+    keep = keeper(run.work / "probes")
+    for moment in input_moments(run.loaded, index, run.calls, run.inputs[index]):
+        if run.is_swept(moment.layers):
+            continue
+        for sweep in sweep_moment(run.loaded, moment, run.moments, run.grid, keep, run.settings.rounds):
+            write_atomically(run.layer_file(sweep.layer), json.dumps(asdict(sweep)).encode())
+            measured.append(sweep.layer.name)
+            run.report_sweep(progress)
+    return measured
+
+
+def finish_profile(run: ProfileRun, progress: Progress) -> Profile:
+    """Measure the probes of a run whose blocks are all swept, and write the profile."""
+    loaded, tokens_NT = run.loaded, run.tokens
+    sweeps = [read_sweep(run.layer_file(layer), layer) for layer in loaded.layers]
+    original_bytes = loaded.storage_dtype.itemsize
+    kept = {name: t.numel() * t.element_size() for name, t in loaded.kept_tensors()}
+    probes = probe(loaded, run.probe_tokens, sweeps, run.work, progress)
+    table = measurements_table(sweeps)
+    document = ProfileDocument(
+        schema_version=SCHEMA_VERSION,
+        model=PlanModel(id=loaded.ref.id, revision=loaded.ref.revision, weights_sha256=run.weights),
+        architecture=type(loaded.model).__name__,
+        storage_dtype=str(loaded.storage_dtype).removeprefix("torch."),
+        calibration=CalibrationRecord(
+            source=run.given[1],
+            sha256=tokens_sha256(tokens_NT),
+            windows=len(run.fitting_tokens),
+            probe_windows=run.probe_windows,
+            window_tokens=tokens_NT.shape[1],
+            seed=run.settings.seed,
+        ),
+        grid=run.grid,
+        rounds=run.settings.rounds,
+        versions={
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+        }
+        | {"python": platform.python_version()},
+        measurements_sha256=hashlib.sha256(table).hexdigest(),
+        layers={sweep.layer.name: layer_record(sweep, original_bytes) for sweep in sweeps},
+        kept=kept,
+        probes=tuple(probes),
+        gain=calibrate(probes),
+    )
+    output = run.output
+    write_atomically(output / "calibration.safetensors", save({"tokens": tokens_NT.int()}))
+    write_atomically(output / "measurements.parquet", table)
+    write_atomically(output / "profile.json", (document.model_dump_json(indent=1) + "\n").encode())
+    shutil.rmtree(run.work)
+    return load_profile(output)
+
+
+def grid_of(loaded: LoadedModel, settings: ProfileSettings) -> GridSettings:
+    ranks = default_ranks(loaded.layers) if settings.ranks is None else settings.ranks
+    usual = tuple(g for g in settings.group_sizes if g == 64) or settings.group_sizes[:1]
+    rank_groups = settings.rank_group_sizes or usual
+    return GridSettings(settings.bits, ranks, settings.group_sizes, rank_groups, settings.factor_bits)
+
+
+def describe(settings: ProfileSettings) -> dict[str, Any]:
+    """The settings that the result depends on, beside the grid."""
+    calibration = (
+        "" if settings.calibration is None else hashlib.sha256(_bytes(settings.calibration)).hexdigest()
+    )
+    return {
+        "calibration": calibration,
+        "tokens": settings.tokens,
+        "seed": settings.seed,
+        "rounds": settings.rounds,
+    }
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CalibrationError(f"cannot read {path} ({error.strerror}); give a UTF-8 text file") from error
+
+
+def is_finished(output: Path, request: str) -> bool:
+    """Whether `output` holds the profile asked for; raises `ProfileError` when it holds anything else."""
+    asked = output / "request.json"
+    if (output / "profile.json").exists():
+        if asked.exists() and asked.read_text() == request:
+            return True
+        raise ProfileError(f"{output} already holds another profile; choose another directory or remove it")
+    if output.exists() and not (output.is_dir() and all(map(_is_unfinished, output.iterdir()))):
+        raise ProfileError(f"{output} already exists and is not empty; choose another directory or remove it")
+    return False
+
+
+def _is_unfinished(file: Path) -> bool:
+    return file.name in _UNFINISHED or file.suffix == ".tmp"
+
+
+def prepare(output: Path, request: str) -> Path:
+    """The work folder for this request, emptied of any other's and of files a killed run was writing."""
+    work, asked = output / ".work", output / "request.json"
+    for temporary in output.glob(".*.tmp"):
+        temporary.unlink()
+    if not asked.exists() or asked.read_text() != request:
+        shutil.rmtree(work, ignore_errors=True)
+    (work / "layers").mkdir(parents=True, exist_ok=True)
+    (work / "probes").mkdir(exist_ok=True)
+    write_atomically(asked, request.encode())
+    return work
+
+
+_UNFINISHED = {".work", "request.json", "calibration.safetensors", "measurements.parquet"}
+
+
+def given_tokens(loaded: LoadedModel, settings: ProfileSettings) -> tuple[Tensor | None, str]:
+    """Token windows (N, T) of the given or shipped text, None where they are to be sampled, and their source.
+
+    Raises `CalibrationError` for fewer than three windows, of which two are held back.
+    """
+    least = 3 * loaded.window
+    if settings.tokens < least:
+        raise CalibrationError(f"--tokens {settings.tokens} is too few; give at least {least}, three windows")
+    if settings.calibration is not None:
+        path, source = settings.calibration, settings.calibration.name
+    elif loaded.ref.id == DEMO:
+        path, source = DEMO_PATH / "calibration.txt", "sampled, shipped"
+    else:
+        return None, "sampled from the model"
+    tokens_NT = text_tokens(loaded, path, settings.tokens)
+    if tokens_NT.numel() < least:
+        raise CalibrationError(
+            f"{path} has {tokens_NT.numel()} tokens in whole windows; give at least {least}, three windows"
+        )
+    return tokens_NT, source
+
+
+def sampled_tokens(ref: ModelRef, settings: ProfileSettings, work: Path, progress: Progress) -> Tensor:
+    """Token windows (N, T) drawn from the whole model, kept in `work` so that a resumed run has the same."""
+    file = work / "sampled.safetensors"
+    if not file.exists():
+        tokens_NT = sample_tokens(load_model(ref, settings.device), settings.tokens, settings.seed, progress)
+        write_atomically(file, save({"tokens": tokens_NT}))
+    return load_file(file)["tokens"]
+
+
+def shuffled(tokens_NT: Tensor, seed: int) -> Tensor:
+    return tokens_NT[torch.randperm(len(tokens_NT), generator=torch.Generator().manual_seed(seed))]
+
+
+def block_inputs(loaded: LoadedModel, tokens_NT: Tensor, work: Path) -> list[BlockInputs]:
+    hidden = loaded.model.get_input_embeddings().weight.shape[1]
+    hidden = getattr(loaded.model.config, "hidden_size", hidden)
+    shape = (len(tokens_NT), tokens_NT.shape[1], hidden)
+    return [BlockInputs(work / f"inputs-{index:05d}.f32", shape) for index in range(len(loaded.block_names))]
+
+
+def gradient_statistics(
+    loaded: LoadedModel,
+    tokens_NT: Tensor,
+    seed: int,
+    inputs: list[BlockInputs],
+    work: Path,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    file = work / "gradient_moments.safetensors"
+    if not file.exists():
+        found = gradient_moments(loaded, tokens_NT, seed, inputs, progress)
+        write_atomically(file, save({name: moment.cpu() for name, moment in found.items()}))
+    return {name: moment.to(loaded.device) for name, moment in load_file(file).items()}
+
+
+def read_sweep(file: Path, layer: Layer) -> LayerSweep:
+    document = json.loads(file.read_text())
+    measurements = tuple(Measurement(Option(**m["option"]), m["error"]) for m in document["measurements"])
+    return LayerSweep(layer, measurements, document["signal"], document["sensitivity"], document["tokens"])
+
+
+def probe(
+    loaded: LoadedModel, tokens_NT: Tensor, sweeps: Sequence[LayerSweep], work: Path, progress: Progress
+) -> list[Probe]:
+    """The probes whose option every layer was measured at."""
+    costs = [{m.option: m.error * sweep.sensitivity for m in sweep.measurements} for sweep in sweeps]
+    predicted = {o: sum(c[o] for c in costs) for o in PROBES if all(o in c for c in costs)}
+    return measure_probes(loaded, tokens_NT, predicted, work / "probes", progress) if predicted else []
+
+
+def layer_record(sweep: LayerSweep, bytes_per_weight: int) -> LayerRecord:
+    layer = sweep.layer
+    return LayerRecord(
+        block=layer.block,
+        projection=layer.projection,
+        rows=layer.rows,
+        columns=layer.columns,
+        original_bytes=layer.weights * bytes_per_weight,
+        signal=sweep.signal,
+        sensitivity=sweep.sensitivity,
+        tokens=sweep.tokens,
+        fit=fit_error_model(sweep.measurements, min(layer.rows, layer.columns)),
+    )
+
+
+def measurements_table(sweeps: Sequence[LayerSweep]) -> bytes:
+    rows = [
+        (
+            s.layer.name,
+            m.option.bits,
+            m.option.rank,
+            m.option.group_size,
+            m.option.factor_bits,
+            m.error,
+        )
+        for s in sweeps
+        for m in s.measurements
+    ]
+    table = pa.table(
+        {name: list(column) for name, column in zip(COLUMNS, zip(*rows, strict=True), strict=True)}
+    )
+    buffer = BytesIO()
+    parquet.write_table(table, buffer)
+    return buffer.getvalue()

@@ -1,0 +1,80 @@
+"""Trials: whole models under given options, measured without writing a checkpoint.
+
+What lives here: carrying out every option that some trial asks of a layer, once, in one pass over the blocks, and
+measuring each trial against the original. Memory is that of one block; the packed layers wait on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from allocator.atomic import write_atomically
+from allocator.storage import KEEP_BITS, Option
+from compressor.decompose import Curvature, decompose
+from compressor.linear import CompressedLinear, layer_tensors
+from compressor.worker import BlockWork
+from profiler.calibration import Progress
+from profiler.evaluation import compare, stored_logits
+from profiler.layers import Layer, LoadedModel
+from profiler.stream import block_works
+
+Trial = Mapping[str, Option]
+"""The option of every layer, by name."""
+
+
+@torch.no_grad()
+def measure_trials(
+    loaded: LoadedModel,
+    calibration_NT: Tensor,
+    tokens_NT: Tensor,
+    trials: Sequence[Trial],
+    folder: Path,
+    progress: Progress,
+) -> Tensor:
+    """KL (trials, N), float64, nats/token, of every trial on every window of `tokens_NT` (N, T).
+
+    calibration_NT: the windows whose Hessians the layers are compressed under. folder: an empty one for packed
+    layers, activations and logits.
+    """
+    wanted = {layer.name: sorted({trial[layer.name] for trial in trials}) for layer in loaded.layers}
+    for block in block_works(loaded, calibration_NT, folder):
+        _carry_out(block, wanted, folder)
+        progress("compressing trials", block.index + 1, len(loaded.block_names))
+    reference = stored_logits(loaded.model, tokens_NT, folder / "reference_logits.f32")
+    rows = []
+    for index, trial in enumerate(trials):
+        with loaded.replacing(lambda layer, trial=trial: _weight(loaded, layer, trial[layer.name], folder)):
+            rows.append(compare(loaded.model, reference, tokens_NT)[:, 0])
+        progress("measuring trials", index + 1, len(trials))
+    return torch.stack(rows)
+
+
+def _carry_out(block: BlockWork, wanted: Mapping[str, list[Option]], folder: Path) -> None:
+    curvatures: dict[int, Curvature] = {}
+    for work in block.layers():
+        options = [option for option in wanted[work.name] if option.bits != KEEP_BITS]
+        if not options:
+            continue
+        key = id(work.hessian_II)
+        if key not in curvatures:
+            curvatures[key] = Curvature.of(work.hessian_II)
+        for p, found in decompose([work.weight_OI] * len(options), curvatures[key], options):
+            write_atomically(_file(folder, work.name, options[p]), save(layer_tensors(found)))
+
+
+def _weight(loaded: LoadedModel, layer: Layer, option: Option, folder: Path) -> Tensor:
+    if option.bits == KEEP_BITS:
+        return loaded.weight(layer)
+    compressed = CompressedLinear(layer.rows, layer.columns, option, bias=False)
+    compressed.load_state_dict(load_file(_file(folder, layer.name, option)))
+    return compressed.dense_weight()
+
+
+def _file(folder: Path, name: str, option: Option) -> Path:
+    parts = (option.bits, option.rank, option.group_size, option.factor_bits)
+    return folder / f"{name}.{'-'.join(map(str, parts))}.safetensors"
