@@ -27,6 +27,7 @@ from sqlalchemy import (
     String,
     create_engine,
     event,
+    make_url,
     text,
 )
 from sqlalchemy.exc import SQLAlchemyError
@@ -171,7 +172,10 @@ class ApiKeyRow(Base):
 
 
 class IdempotencyRow(Base):
-    """A POST that carried an Idempotency-Key, and its answer once there is one (`status` 0 until then)."""
+    """A POST that carried an Idempotency-Key, and its answer once there is one (`status` 0 until then).
+
+    `job_id` is the id of the job that it makes, if it makes one, whoever carries it out.
+    """
 
     __tablename__ = "idempotency"
     __table_args__ = (Index("idempotency_by_time", "created_at"),)
@@ -179,6 +183,7 @@ class IdempotencyRow(Base):
     owner: Mapped[str] = mapped_column(String(64), primary_key=True)
     key: Mapped[str] = mapped_column(String(255), primary_key=True)
     request_sha256: Mapped[str] = mapped_column(String(64))
+    job_id: Mapped[str] = mapped_column(String(64), server_default="")
     status: Mapped[int] = mapped_column(Integer, default=0)
     headers: Mapped[dict[str, str]] = mapped_column(JSON, default=dict)
     body: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
@@ -218,12 +223,17 @@ def open_database(settings: Settings) -> Database:
     try:
         migrate(engine)
     except SQLAlchemyError as error:
-        place = engine.url.render_as_string(hide_password=True)
-        reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
-        raise DatabaseError(
-            f"cannot open the database {place} ({reason}); check BITRANK_DATABASE_URL and that it runs"
-        ) from error
+        raise unusable(settings.url, error) from error
     return Database(engine)
+
+
+def unusable(url: str, error: SQLAlchemyError) -> DatabaseError:
+    """What to tell someone whose database failed so."""
+    place = make_url(url).render_as_string(hide_password=True)
+    reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
+    return DatabaseError(
+        f"cannot use the database {place} ({reason}); check BITRANK_DATABASE_URL and that it runs"
+    )
 
 
 def make_engine(url: str) -> Engine:

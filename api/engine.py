@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 from typing import TYPE_CHECKING
 
-from sqlalchemy import make_url
+from sqlalchemy import Engine, ExceptionContext, event, make_url
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from api.database import make_engine
+from api.database import make_engine, unusable
 from api.settings import Settings
 
 if TYPE_CHECKING:
@@ -34,15 +36,35 @@ def engine_url(settings: Settings) -> str:
 
 
 def prepare_engine(settings: Settings) -> None:
-    """Create or upgrade the engine's tables; several processes may do so at once."""
+    """Create or upgrade the engine's tables; several processes may do so at once. Raises `DatabaseError`."""
     from dbos import DBOS
 
     url = engine_url(settings)
-    if url.startswith("sqlite"):
-        engine = make_engine(url)
-        with engine.connect():
-            engine.dispose()
-    DBOS.migrate(url)
+    try:
+        if url.startswith("sqlite"):
+            engine = make_engine(url)
+            with engine.connect():
+                engine.dispose()
+        DBOS.migrate(url)
+    except SQLAlchemyError as error:
+        raise unusable(url, error) from error
+
+
+def wait_out_full_disks() -> None:
+    """Let the engine of this process wait for room on SQLite's disk as it waits for a lock.
+
+    By itself it waits for a database that is locked or away, but leaves a workflow whose outcome did not fit pending
+    forever, in the hands of a worker that lives.
+    """
+    if not event.contains(Engine, "handle_error", _full_is_locked):
+        event.listen(Engine, "handle_error", _full_is_locked)
+
+
+def _full_is_locked(context: ExceptionContext) -> None:
+    error = context.original_exception
+    if isinstance(error, sqlite3.OperationalError) and "disk is full" in str(error):
+        locked = sqlite3.OperationalError("database is locked, for its disk is full")
+        raise OperationalError(context.statement, None, locked) from error
 
 
 def engine_client(settings: Settings) -> DBOSClient:

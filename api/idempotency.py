@@ -1,13 +1,15 @@
 """Idempotency-Key: a POST that is sent twice with one key is carried out once and answered twice.
 
 What lives here: the middleware. The first answer is stored (below status 500) for `idempotency_hours` and repeated;
-the same key with another request is refused, and so is a second request while the first is under way.
+the same key with another request is refused, and so is a second request while the first is under way. A request
+whose server died is carried out again by the next one, and makes the same job: its id is chosen with the claim.
 """
 
 from __future__ import annotations
 
 from datetime import timedelta
 from hashlib import sha256
+from uuid import uuid4
 
 from sqlalchemy import delete
 from sqlalchemy.exc import IntegrityError
@@ -23,7 +25,7 @@ from api.settings import Settings
 
 HEADER = "idempotency-key"
 REPEATED = ("content-type", "location", "etag", "retry-after")
-STALE_SECONDS = 120
+STALE_SECONDS = 30
 """A claim without an answer for so long is a dead server's: the next request takes it over."""
 MOST_STORED_BYTES = 4 * 2**20
 
@@ -47,13 +49,14 @@ class Idempotency:
             body = await read_body(receive)
             owner = scope["state"]["principal"].id or ""
             digest = sha256(f"{scope['path']}\n{scope['query_string']!r}\n".encode() + body).hexdigest()
-            stored = await run_in_threadpool(self._answers.claim, owner, key, digest)
+            claimed = await run_in_threadpool(self._answers.claim, owner, key, digest)
         except HTTPException as error:
             return await problem_of_http(error).response()(scope, receive, send)
         except ProblemError as problem:
             return await problem.response()(scope, receive, send)
-        if stored is not None:
-            return await stored(scope, receive, send)
+        if isinstance(claimed, Response):
+            return await claimed(scope, receive, send)
+        scope["state"]["job_id"] = claimed
         await self._carry_out(scope, replayed(body, receive), send, owner, key)
 
     async def _carry_out(self, scope: Scope, receive: Receive, send: Send, owner: str, key: str) -> None:
@@ -94,19 +97,20 @@ class Answers:
         self._database = database
         self._lifetime = lifetime
 
-    def claim(self, owner: str, key: str, digest: str) -> Response | None:
-        """Claim a key for a request: None to carry it out, or the answer it had. Raises `ProblemError`."""
+    def claim(self, owner: str, key: str, digest: str) -> Response | str:
+        """Claim a key for a request: the answer it had, or the id of the job to make. Raises `ProblemError`."""
+        job_id = str(uuid4())
         try:
             with self._database.transaction() as session:
                 session.execute(
                     delete(IdempotencyRow).where(IdempotencyRow.created_at < now() - self._lifetime)
                 )
-                session.add(IdempotencyRow(owner=owner, key=key, request_sha256=digest))
-            return None
+                session.add(IdempotencyRow(owner=owner, key=key, request_sha256=digest, job_id=job_id))
+            return job_id
         except IntegrityError:
             return self._stored(owner, key, digest)
 
-    def _stored(self, owner: str, key: str, digest: str) -> Response | None:
+    def _stored(self, owner: str, key: str, digest: str) -> Response | str:
         with self._database.transaction() as session:
             row = session.get(IdempotencyRow, (owner, key), with_for_update=True)
             if row is None:
@@ -124,7 +128,7 @@ class Answers:
                     "conflict", "the first request with this key is under way; wait", {}, headers
                 )
             row.created_at = now()
-            return None
+            return row.job_id
 
     def store(self, owner: str, key: str, answer: Recorder) -> None:
         if len(answer.body) > MOST_STORED_BYTES:

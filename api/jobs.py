@@ -53,13 +53,16 @@ class Jobs:
             self._client.destroy()
             self._client = None
 
-    def submit(self, kind: str, request: dict[str, Any], owner: str | None) -> JobRecord:
-        """Queue a job. Raises `QuotaError`, and `ProblemError` (invalid-request) for a request of another shape.
+    def submit(
+        self, kind: str, request: dict[str, Any], owner: str | None, job_id: str | None = None
+    ) -> JobRecord:
+        """Queue a job; one that has the id `job_id` already is not made again.
 
-        The row is written first: should this process die before the engine has it, a worker hands it over.
+        Raises `QuotaError`, and `ProblemError` (invalid-request) for a request of another shape. The row is written
+        first: should this process die before the engine has it, a worker hands it over.
         """
         checked = _checked(kind, request)
-        record = self._ledger.insert(checked[0], checked[1], owner, self._settings.queue_quota)
+        record = self._ledger.insert(checked[0], checked[1], owner, self._settings.queue_quota, job_id)
         enqueue_job(self._engine, record.id)
         return record
 
@@ -78,9 +81,9 @@ class Jobs:
             self._engine.cancel_workflow(job_id, cancel_children=True)
         return self.read(job_id)
 
-    def events(self, job_id: str, after: int = 0) -> Events:
-        """What happened after the event of that sequence number; empty when nothing did. Raises `UnknownJobError`."""
-        found = self._ledger.events(job_id, after)
+    def events(self, job_id: str, after: int = 0, most: int | None = None) -> Events:
+        """What happened first after the event of that sequence number. Raises `UnknownJobError`."""
+        found = self._ledger.events(job_id, after, most)
         if not found:
             self.read(job_id)
         return found

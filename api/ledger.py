@@ -45,16 +45,28 @@ class Ledger:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def insert(self, kind: Kind, request: dict[str, Any], owner: str | None, quota: int) -> JobRecord:
-        """A queued job. Raises `QuotaError` when the owner has `quota` unfinished ones."""
+    def insert(
+        self, kind: Kind, request: dict[str, Any], owner: str | None, quota: int, job_id: str | None = None
+    ) -> JobRecord:
+        """A queued job, or the one of that id. Raises `QuotaError` when the owner has `quota` unfinished ones."""
         unfinished = select(func.count()).where(JobRow.owner == owner, JobRow.state.in_(UNFINISHED))
         row = JobRow(
-            id=str(uuid4()), kind=kind, state="queued", request=request, progress=_waiting(), owner=owner
+            id=job_id or str(uuid4()),
+            kind=kind,
+            state="queued",
+            request=request,
+            progress=_waiting(),
+            owner=owner,
         )
-        with self._database.transaction() as session:
-            if (session.scalar(unfinished) or 0) >= quota:
-                raise QuotaError(quota)
-            session.add(row)
+        try:
+            with self._database.transaction() as session:
+                if session.get(JobRow, row.id) is not None:
+                    return self.read(row.id)
+                if (session.scalar(unfinished) or 0) >= quota:
+                    raise QuotaError(quota)
+                session.add(row)
+        except IntegrityError:  # another server has just made it
+            return self.read(row.id)
         self.add_event(row.id, "queued", {})
         return self.read(row.id)
 
@@ -91,11 +103,12 @@ class Ledger:
         )
         return Page(jobs=[_record(row) for row in rows[:limit]], next_cursor=following)
 
-    def events(self, job_id: str, after: int) -> list[JobEvent]:
+    def events(self, job_id: str, after: int, most: int | None = None) -> list[JobEvent]:
         query = (
             select(JobEventRow)
             .where(JobEventRow.job_id == job_id, JobEventRow.sequence > after)
             .order_by(JobEventRow.sequence)
+            .limit(most)
         )
         with self._database.transaction() as session:
             rows = list(session.scalars(query))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from time import monotonic
 
 from starlette.datastructures import Headers
@@ -53,7 +53,7 @@ class BodyLimit:
 
     def _too_large(self) -> HTTPException:
         detail = f"a request body may have {self._most:,} bytes at most; send less"
-        return HTTPException(413, detail, {"Connection": "close"})
+        return HTTPException(413, detail)
 
 
 class HostCheck:
@@ -108,18 +108,24 @@ class RateLimit:
 
 
 class Places:
-    """A bounded number of places, of this process; used on the event loop alone."""
+    """Places for event streams, of this process: so many in all, so many for one API key; used on the event loop."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._taken = 0
+    def __init__(self, most: int, most_per_key: int) -> None:
+        self._most, self._most_per_key = most, most_per_key
+        self._taken: Counter[str | None] = Counter()
 
-    def take(self) -> None:
-        """Raises `ProblemError` (unavailable) when none is left."""
-        if self._taken >= self._most:
+    def take(self, key: str | None) -> None:
+        """Raises `ProblemError` when none is left at all (unavailable) or for this key (too-many-requests)."""
+        if self._taken.total() >= self._most:
             detail = f"{self._most} event streams are open already; read the job itself instead"
             raise ProblemError("unavailable", detail, {}, {"Retry-After": "5"})
-        self._taken += 1
+        if key is not None and self._taken[key] >= self._most_per_key:
+            detail = (
+                f"{self._most_per_key} event streams are open with this API key; read the job itself instead"
+            )
+            raise ProblemError("too-many-requests", detail, {}, {"Retry-After": "5"})
+        self._taken[key] += 1
 
-    def give_back(self) -> None:
-        self._taken -= 1
+    def give_back(self, key: str | None) -> None:
+        self._taken[key] -= 1
+        self._taken += Counter()  # forgets keys without a stream

@@ -11,10 +11,11 @@ from uuid import uuid4
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from sqlalchemy.exc import OperationalError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.problems import ProblemError
+from api.problems import ProblemError, database_away
 from api.tracing import annotate
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -95,7 +96,7 @@ class Metrics:
 
 
 class Observation:
-    """Middleware: a request id in and out, two metrics a request, and 500 as a problem.
+    """Middleware: a request id in and out, two metrics a request, 500 and a database that is away as problems.
 
     Reads that succeed quickly are counted, not logged.
     """
@@ -125,6 +126,10 @@ class Observation:
 
         try:
             await self._app(scope, receive, observed)
+        except OperationalError as error:
+            log.error("the database is away", reason=" ".join(str(error.orig).split()))
+            if status == 0:
+                await database_away().response()(scope, receive, observed)
         except Exception:
             log.exception("request failed")
             if status == 0:

@@ -62,6 +62,7 @@ TITLES: dict[str, tuple[int, str]] = {
     "idempotency-key-reused": (422, "The Idempotency-Key belongs to another request"),
     "too-many-requests": (429, "Too many requests"),
     "queue-full": (429, "Too many unfinished jobs"),
+    "head-too-large": (431, "The head of the request is too large"),
     "internal": (500, "The service failed"),
     "unavailable": (503, "The service cannot answer now"),
 }
@@ -80,6 +81,7 @@ BY_STATUS = {
     415: "unsupported-media-type",
     422: "invalid-request",
     429: "too-many-requests",
+    431: "head-too-large",
     503: "unavailable",
 }
 BY_ERROR: tuple[tuple[type[BitrankError], str], ...] = (
@@ -148,6 +150,11 @@ def problem_of(error: BitrankError) -> ProblemError:
     kind = next(kind for cls, kind in BY_ERROR if isinstance(error, cls))
     extra = {"smallest_bytes": error.smallest_bytes} if isinstance(error, InfeasibleError) else {}
     return ProblemError(kind, " ".join(str(error).split()), extra)
+
+
+def database_away() -> ProblemError:
+    detail = "the database does not answer; try again soon"
+    return ProblemError("unavailable", detail, headers={"Retry-After": "5"})
 
 
 def problem_of_http(error: HTTPException) -> ProblemError:

@@ -6,12 +6,14 @@ import gc
 import os
 import socket
 import threading
+from functools import partial
 from pathlib import Path
 
 import uvicorn
 
 from allocator.errors import BitrankError
 from api.app import make_app
+from api.connections import Bounds, Connection
 from api.observability import configure_logging, log
 from api.service import Service
 from api.settings import Settings
@@ -19,7 +21,6 @@ from api.tracing import start_tracing, trace_requests
 
 BACKLOG = 2_048
 KEEP_ALIVE_SECONDS = 30
-MOST_CONNECTIONS = 4_096
 
 
 class ServerError(BitrankError):
@@ -56,7 +57,8 @@ def run_server(settings: Settings, profiles: tuple[Path, ...] = (), workers: int
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=5,
-        limit_concurrency=MOST_CONNECTIONS,
+        http=partial(Connection, Bounds(settings)),  # type: ignore[arg-type]
+        ws="none",
     )
     uvicorn.Server(config).run([listener])
 

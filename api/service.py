@@ -45,7 +45,7 @@ class Service:
             keys=KeyStore(database),
             metrics=Metrics(),
             jobs=Jobs(settings, database),
-            event_streams=Places(settings.max_event_streams),
+            event_streams=Places(settings.max_event_streams, settings.event_streams_per_key),
         )
 
     def close(self) -> None:

@@ -26,7 +26,8 @@ class Settings:
     that has none. store is an fsspec URL where machines that
     share no disk find each other's outputs. model_roots are the folders whose
     models may be named in a request. requests_per_second and burst limit each API key; queue_quota is the most
-    unfinished jobs of one owner; body_seconds is how long a request body may take to arrive.
+    unfinished jobs of one owner. head_seconds and body_seconds are how long the head and the body of a request may
+    take to arrive, unread_seconds how long a client may leave an answer unread.
     """
 
     data_dir: Path = Path.home() / ".local" / "share" / "bitrank"
@@ -38,11 +39,15 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     allowed_hosts: tuple[str, ...] = ()
+    max_connections: int = 4_096
     max_body_bytes: int = 1_048_576
+    head_seconds: float = 10.0
     body_seconds: float = 20.0
+    unread_seconds: float = 30.0
     max_batch_items: int = 1_000
     max_curve_points: int = 200_000
     max_event_streams: int = 256
+    event_streams_per_key: int = 32
     requests_per_second: float = 200.0
     burst: int = 400
     queue_quota: int = 100

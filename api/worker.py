@@ -19,7 +19,7 @@ from uuid import uuid4
 from sqlalchemy import BigInteger, Column, MetaData, String, Table, delete, insert, select, update
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from api.database import make_engine, open_database
+from api.database import make_engine, open_database, unusable
 from api.engine import (
     APPLICATION,
     COMPUTE,
@@ -29,6 +29,7 @@ from api.engine import (
     VERSION,
     engine_url,
     prepare_engine,
+    wait_out_full_disks,
 )
 from api.ledger import Ledger
 from api.problems import ProblemError
@@ -60,14 +61,15 @@ class Heartbeats:
         self._seen: dict[str, tuple[int, float]] = {}
         self._looked = time.monotonic()
         self._create()
-        with self._engine.begin() as connection:
-            connection.execute(insert(WORKERS).values(id=self.id, beat=0))
+        try:
+            with self._engine.begin() as connection:
+                connection.execute(insert(WORKERS).values(id=self.id, beat=0))
+        except SQLAlchemyError as error:
+            raise unusable(settings.url, error) from error
 
     def _create(self) -> None:
-        try:
+        with suppress(DBAPIError):  # another worker makes it just now
             WORKERS.create(self._engine, checkfirst=True)
-        except DBAPIError:
-            WORKERS.create(self._engine, checkfirst=True)  # another worker made it meanwhile
 
     def beat(self) -> bool:
         """Move the counter; false when this worker has been declared dead."""
@@ -78,8 +80,10 @@ class Heartbeats:
     def bury(self) -> set[str]:
         """Drop the workers whose counters stand still; the ids of those alive.
 
-        Whoever could not look for a while, for itself or the database was away, starts watching anew.
+        Whoever could not beat and look for a while, for itself or the database was away, starts watching anew: the
+        others could not beat either, also where the database could still be read.
         """
+        self.beat()
         with self._engine.connect() as connection:
             beats = {worker: beat for worker, beat in connection.execute(select(WORKERS))}
         moment = time.monotonic()
@@ -116,6 +120,7 @@ class Worker:
         _prepare_libraries()
         self._database = open_database(settings)
         prepare_engine(settings)
+        wait_out_full_disks()
         self._settings = settings
         self._ledger = Ledger(self._database)
         self._heartbeats = Heartbeats(settings, dead_seconds)

@@ -1,348 +1,359 @@
-"""Kills workers at random moments of a batch and says whether anything was lost, done twice or came out different.
+"""Disturbs batches of profiles and says whether anything was lost, done twice or came out different.
 
-    python benchmarks/faults.py [--kills 30] [--profiles 12] [--workers 3] [--database sqlite|postgresql]
-                                [--outages 0]
+    python benchmarks/faults.py [kills outages disk clock …] [--database sqlite|postgresql] [--profiles 12] [--kills 30]
 
-Every profile is of the same small random model under another seed. Each kill is a SIGKILL of a random worker process,
-which is started again. A witness looks at every layer file a few hundred times a second: a file of a finished block
-that is written again is a block run twice. The undisturbed run is `build_profile` in this process, compared byte by
-byte. PostgreSQL is a cluster of this machine's own binaries in a temporary folder.
+Two servers and three workers work on one batch, submitted over HTTP; every profile is of the same small random model
+under another seed. A process that ends is started again at once. The disturbances:
+
+    kills     SIGKILL of a random server or worker at random moments
+    outages   PostgreSQL stopped, in turn in order and at once, and started 5 s later; SQLite's files locked for 40 s
+    disk      the data directory, a tmpfs, is filled to the last byte for 10 s; then for so long that a job gives up
+    clock     the clocks of half of the processes jump by hours and days, ahead and back
+
+A witness looks at every layer file a hundred times a second: a file of a finished block that is written again is a
+block run twice. The undisturbed run is `build_profile` in this process, compared byte by byte. `disk` mounts a tmpfs
+and so needs root; `clock` needs a C compiler.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import shutil
-import signal
-import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from api.database import open_database
+from api.client import Client
+from api.engine import engine_url
 from api.job_schemas import JobRecord
-from api.jobs import Jobs, settings_environment
+from api.jobs import Jobs
 from api.settings import Settings
+from benchmarks.clock import Clock
+from benchmarks.cluster import Cluster
+from benchmarks.fleet import Fleet
+from benchmarks.installation import (
+    BUDGET,
+    GRID,
+    TIMEOUT_SECONDS,
+    installation,
+    measured_twice,
+    read_profile,
+    undisturbed,
+    undisturbed_plan,
+    write_small_model,
+)
+from benchmarks.reader import Reader
+from benchmarks.witness import Witness
 
-GRID = {"tokens": 512, "bits": [2, 3, 4], "ranks": [0, 4], "group_sizes": [64]}
-FILES = ("profile.json", "measurements.parquet", "calibration.safetensors")
-DEAD_AFTER_SECONDS = 3.0
+SERVERS, WORKERS = 2, 3
 OUTAGE_SECONDS = 5.0
-TIMEOUT_SECONDS = 1_800.0
+LOCK_SECONDS = 40.0
+"""Longer than the 30 s that SQLite waits for a lock by itself."""
+FULL_SECONDS = 10.0
+GIVEN_UP_SECONDS = 80.0
+"""Longer than all waits between the attempts of a task."""
+DISK_BYTES = 64 * 2**20
+JUMPS_SECONDS = (3_600, -7_200, 400 * 86_400, -86_400, 0)
 
 
-class Cluster:
-    """A PostgreSQL server of its own in a temporary folder, run by an unprivileged user."""
+@dataclass(frozen=True)
+class Trial:
+    """An installation at work."""
 
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="bitrank-postgresql-"))
-        self.port = free_port()
-        self._user = {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.geteuid() == 0 else {}
-        if self._user:
-            shutil.chown(self.folder, "nobody", "nogroup")
-        binary("initdb")
-        self._run("initdb", "-D", str(self.folder / "data"), "-U", "bitrank", "-A", "trust", "-E", "UTF8")
-        self.start()
+    settings: Settings
+    jobs: Jobs
+    fleet: Fleet
+    cluster: Cluster | None
+    clock: Clock | None
+    chance: random.Random
 
-    @property
-    def url(self) -> str:
-        return f"postgresql://bitrank@127.0.0.1:{self.port}/postgres"
+    def ended(self, job_id: str) -> JobRecord:
+        """The job when it has ended."""
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while self.goes_on(job_id, 1.0):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"job {job_id} did not end: {self.jobs.read(job_id)}")
+        return self.jobs.read(job_id)
 
-    def start(self) -> None:
-        options = f"-p {self.port} -h 127.0.0.1 -k {self.folder} -F"
-        self._run(
-            "pg_ctl",
-            "-D",
-            str(self.folder / "data"),
-            "-o",
-            options,
-            "-l",
-            str(self.folder / "log"),
-            "-w",
-            "start",
-        )
-
-    def stop(self) -> None:
-        self._run("pg_ctl", "-D", str(self.folder / "data"), "-m", "fast", "-w", "stop")
-
-    def remove(self) -> None:
-        self.stop()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _run(self, program: str, *arguments: str) -> None:
-        subprocess.run(
-            [binary(program), *arguments],
-            check=True,
-            cwd=self.folder,
-            stdout=subprocess.DEVNULL,
-            **self._user,
-        )
+    def goes_on(self, job_id: str, seconds: float) -> bool:
+        """Let it work for a while; false when the job has ended."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self.fleet.revive()
+            if self.jobs.read(job_id).is_finished:
+                return False
+            time.sleep(0.1)
+        return True
 
 
-def binary(name: str) -> str:
-    """The path of a PostgreSQL program, also where Debian keeps it off the search path."""
-    places = [*sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
-    found = shutil.which(name, path=os.pathsep.join([*map(str, places), os.environ.get("PATH", "")]))
-    if found is None:
-        raise FileNotFoundError(f"{name} is not installed; install postgresql")
-    return found
+def kill(trial: Trial, job_id: str, times: int) -> dict[str, int | str]:
+    servers = 0
+    made = 0
+    while made < times and trial.goes_on(job_id, trial.chance.uniform(0.5, 8.0)):
+        victim = trial.chance.choice(trial.fleet.processes)
+        servers += trial.fleet.is_server(victim)
+        trial.fleet.restart(victim)
+        made += 1
+    return {"servers_killed": servers, "workers_killed": made - servers}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Fleet:
-    """Worker processes of one installation that can be killed and started again."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self.processes: list[subprocess.Popen[bytes]] = []
-
-    def start(self) -> subprocess.Popen[bytes]:
-        environment = os.environ | settings_environment(self._settings) | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "api.job_cli", "worker", "--dead-after", str(DEAD_AFTER_SECONDS)]
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        self.processes.append(process)
-        return process
-
-    def kill(self, process: subprocess.Popen[bytes], how: signal.Signals = signal.SIGKILL) -> None:
-        process.send_signal(how)
-        process.wait()
-        self.processes.remove(process)
-
-    def end(self) -> None:
-        for process in list(self.processes):
-            self.kill(process)
-
-
-class Witness:
-    """Watches the layer files of every run; `rewritten` names those of a finished block that changed."""
-
-    def __init__(self, data_dir: Path) -> None:
-        self._runs = data_dir / "runs"
-        self._first: dict[str, tuple[int, int]] = {}
-        self._finished: set[str] = set()
-        self.rewritten: list[str] = []
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._closing.set()
-        self._thread.join()
-
-    @property
-    def finished_blocks(self) -> int:
-        return len(self._finished)
-
-    def _watch(self) -> None:
-        while not self._closing.wait(0.01):
-            for folder in self._runs.glob("*/profile/.work/layers"):
-                self._look(folder)
-
-    def _look(self, folder: Path) -> None:
-        blocks: dict[str, dict[str, tuple[int, int]]] = {}
-        for file in folder.glob("[!.]*.json"):
-            try:
-                status = file.stat()
-            except FileNotFoundError:
-                continue
-            block = f"{folder.parent.parent.parent.name}/{'.'.join(file.name.split('.')[:3])}"
-            blocks.setdefault(block, {})[file.name] = (status.st_ino, status.st_mtime_ns)
-        for block, layers in blocks.items():
-            for name, seen in layers.items():
-                key = f"{block}/{name}"
-                if block in self._finished and self._first[key] != seen:
-                    self.rewritten.append(key)
-                self._first[key] = seen
-            if len(layers) == LAYERS_PER_BLOCK:
-                self._finished.add(block)
-
-
-LAYERS_PER_BLOCK = 7
-
-
-def write_small_model(path: Path, blocks: int) -> None:
-    """A Llama with random weights and no tokenizer; calibration text is sampled from it."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=blocks,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
-
-
-def undisturbed(model: Path, seed: int, output: Path) -> dict[str, bytes]:
-    """The files of the profile that one process makes, without jobs."""
-    import torch
-
-    from profiler.calibration import silent
-    from profiler.checkpoint import find_model
-    from profiler.run import ProfileSettings, build_profile
-
-    grid = {name: value if name == "tokens" else tuple(value) for name, value in GRID.items()}  # type: ignore[arg-type]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        build_profile(find_model(str(model)), output, ProfileSettings(seed=seed, **grid), silent)  # type: ignore[arg-type]
-    finally:
-        torch.set_num_threads(threads)
-    return {name: (output / name).read_bytes() for name in FILES}
+def stop_database(trial: Trial, job_id: str, times: int) -> dict[str, int | str]:
+    made = 0
+    while made < times and trial.goes_on(job_id, trial.chance.uniform(3.0, 10.0)):
+        if trial.cluster is None:
+            with locked(trial.settings):
+                time.sleep(LOCK_SECONDS)
+        else:
+            trial.cluster.stop("immediate" if made % 2 else "fast")
+            time.sleep(OUTAGE_SECONDS)
+            trial.cluster.start()
+        made += 1
+    return {"outages": made}
 
 
 @contextmanager
-def installation(folder: Path, url: str) -> Iterator[tuple[Settings, Jobs]]:
-    """An empty installation whose catalogue is `<folder>/models`."""
-    settings = Settings(
-        data_dir=folder / "data", database_url=url, model_roots=(folder / "models",), hub=False
-    )
-    database = open_database(settings)
-    jobs = Jobs(settings, database)
-    jobs.launch()
+def locked(settings: Settings) -> Iterator[None]:
+    """No one else reads or writes the files of SQLite."""
+    with ExitStack() as held:
+        for url in (settings.url, engine_url(settings)):
+            file = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None, timeout=30.0)
+            held.callback(file.close)
+            file.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+def fill_disk(trial: Trial, job_id: str, times: int) -> dict[str, int | str]:
+    made = 0
+    while made < times and trial.goes_on(job_id, trial.chance.uniform(3.0, 10.0)):
+        with full(trial.settings):
+            time.sleep(FULL_SECONDS)
+        made += 1
+    return {"times_full": made}
+
+
+@contextmanager
+def full(settings: Settings) -> Iterator[None]:
+    """Not a byte is left, also where others give some back, and no room in the logs of SQLite."""
+    filler, ending = settings.data_dir / "filler", threading.Event()
+
+    def fill() -> None:
+        with filler.open("ab", buffering=0) as file:
+            while not ending.wait(0.02):
+                for size in (2**20, 4096, 1):
+                    while _written(file, size):
+                        pass
+
+    if not settings.database_url:
+        truncate_logs(settings)
+    filling = threading.Thread(target=fill)
+    filling.start()
     try:
-        yield settings, jobs
+        yield
     finally:
-        jobs.close()
-        database.close()
+        ending.set()
+        filling.join()
+        filler.unlink()
 
 
-def finished(jobs: Jobs, job_id: str) -> JobRecord:
-    """The job when it has ended."""
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not (record := jobs.read(job_id)).is_finished:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"job {job_id} did not end: {record.state}, {record.progress}")
-        time.sleep(0.1)
-    return record
+def _written(file: Any, size: int) -> bool:
+    try:
+        return bool(file.write(bytes(size)))
+    except OSError:
+        return False
+
+
+def truncate_logs(settings: Settings) -> None:
+    """So that the next write of either database needs room."""
+    for url in (settings.url, engine_url(settings)):
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"), timeout=30.0)) as file:
+            file.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def set_clocks(trial: Trial, job_id: str, times: int) -> dict[str, int | str]:
+    assert trial.clock is not None
+    made = 0
+    while made < times and trial.goes_on(job_id, trial.chance.uniform(3.0, 10.0)):
+        trial.clock.set(JUMPS_SECONDS[made % len(JUMPS_SECONDS)])
+        made += 1
+    return {"jumps": made}
+
+
+DISTURBANCES: dict[str, Callable[[Trial, str, int], dict[str, int | str]]] = {
+    "kills": kill,
+    "outages": stop_database,
+    "disk": fill_disk,
+    "clock": set_clocks,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What an experiment came to."""
+    """What an experiment came to. Every field from `blocks_run_twice` on but the last two should be 0."""
 
+    disturbance: str
     database: str
-    kills: int
-    outages: int
+    disturbed: dict[str, int | str]
     profiles: int
     done: int
     blocks: int
     blocks_run_twice: int
     layers_measured_twice: int
     different_profiles: int
+    different_plans: int
+    ended_by_themselves: int
+    events_lost: int
+    wrong_answers: int
+    left_over: list[str]
+    longest_silence_seconds: float
     seconds: float
 
 
-def experiment(
-    folder: Path, cluster: Cluster | None, kills: int, profiles: int, workers: int, outages: int
-) -> Outcome:
-    """A batch of `profiles` under random kills, and with a cluster outages, compared with undisturbed profiles."""
-    chance = random.Random(0)
+def experiment(folder: Path, name: str, cluster: Cluster | None, times: int, profiles: int) -> Outcome:
+    """A batch of `profiles` under one disturbance, compared with undisturbed profiles and plans."""
     model = folder / "models" / "small"
     write_small_model(model, 3)
     expected = [undisturbed(model, seed, folder / f"undisturbed-{seed}") for seed in range(profiles)]
-    with installation(folder, cluster.url if cluster else "") as (settings, jobs):
-        witness, fleet = Witness(settings.data_dir), Fleet(settings)
-        for _ in range(workers):
-            fleet.start()
+    plans = [undisturbed_plan(folder / f"undisturbed-{seed}") for seed in range(profiles)]
+    with ExitStack() as held:
+        if name == "disk":
+            held.enter_context(small_disk(folder / "data"))
+        settings, jobs = held.enter_context(installation(folder, cluster.url if cluster else ""))
+        fleet = Fleet(settings, folder / "log")
+        held.callback(fleet.end)
+        clock = Clock(folder) if name == "clock" else None
+        trial = Trial(settings, jobs, fleet, cluster, clock, random.Random(0))
+        witness = Witness(settings.data_dir)
+        start(trial)
         started = time.monotonic()
-        entries = [
-            {"model": "small", "settings": GRID | {"seed": seed}, "budgets": ["3.3bpw"]}
-            for seed in range(profiles)
-        ]
-        job = jobs.submit("batch", {"jobs": entries}, None)
-        made, failures = 0, 0
-        while made < kills and not jobs.read(job.id).is_finished:
-            time.sleep(chance.uniform(0.5, 8.0))
-            if jobs.read(job.id).is_finished:
-                break
-            fleet.kill(chance.choice(fleet.processes))
-            fleet.start()
-            made += 1
-            if cluster is not None and failures < outages:
-                cluster.stop()
-                time.sleep(OUTAGE_SECONDS)
-                cluster.start()
-                failures += 1
-        record = finished(jobs, job.id)
+        job_id = submit_batch(fleet.urls, profiles)
+        reader = Reader(fleet.urls, job_id)
+        await_block(jobs, job_id)
+        disturbed = DISTURBANCES[name](trial, job_id, times)
+        record = trial.ended(job_id)
         seconds = time.monotonic() - started
+        reader.close()
+        items = (record.result or {}).get("items", [])
+        events = [event.sequence for event in jobs.events(job_id)]
+        if name == "disk":
+            disturbed |= give_up_and_resume(trial, profiles)
         fleet.end()
         witness.close()
-        items = (record.result or {}).get("items", [])
-        found = [read_profile(settings, item) for item in items]
-        measured = measured_twice(jobs, job.id)
-    return Outcome(
-        database="sqlite" if cluster is None else "postgresql",
-        kills=made,
-        outages=failures,
-        profiles=profiles,
-        done=sum("plan_id" in item for item in items) if record.state == "done" else 0,
-        blocks=witness.finished_blocks,
-        blocks_run_twice=len({key.rsplit("/", 1)[0] for key in witness.rewritten}),
-        layers_measured_twice=measured,
-        different_profiles=sum(a != b for a, b in zip(expected, found, strict=True)),
-        seconds=seconds,
+        return Outcome(
+            disturbance=name,
+            database="sqlite" if cluster is None else "postgresql",
+            disturbed=disturbed,
+            profiles=profiles,
+            done=sum("plan_id" in item for item in items) if record.state == "done" else 0,
+            blocks=witness.finished_blocks,
+            blocks_run_twice=witness.blocks_run_twice,
+            layers_measured_twice=measured_twice(jobs, job_id),
+            different_profiles=differing([read_profile(settings, item) for item in items], expected),
+            different_plans=differing([item.get("plan_id") for item in items], plans),
+            ended_by_themselves=fleet.ended_by_themselves,
+            events_lost=len(set(range(1, max(events) + 1)) - set(events)),
+            wrong_answers=reader.wrong_answers,
+            left_over=left_over(settings),
+            longest_silence_seconds=round(reader.longest_silence_seconds, 1),
+            seconds=round(seconds),
+        )
+
+
+def start(trial: Trial) -> None:
+    """Servers and workers, every other one under the clock that can be set."""
+    for number in range(SERVERS + WORKERS):
+        environment = trial.clock.environment if trial.clock is not None and number % 2 == 0 else {}
+        (trial.fleet.start_server if number < SERVERS else trial.fleet.start)(environment)
+
+
+def submit_batch(urls: list[str], profiles: int) -> str:
+    entries = [
+        {"model": "small", "settings": GRID | {"seed": seed}, "budgets": [BUDGET]} for seed in range(profiles)
+    ]
+    with Client(urls[0], retries=20) as client:
+        return client.submit("batches", {"jobs": entries}).id
+
+
+def await_block(jobs: Jobs, job_id: str) -> None:
+    """Until the job is in the midst of its work: a block of it is swept."""
+    while not any(event.kind == "block" for event in jobs.events(job_id)):
+        time.sleep(0.05)
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def give_up_and_resume(trial: Trial, seed: int) -> dict[str, int | str]:
+    """A disk that stays full fails a job with a problem; submitted again on a disk with room, it is done."""
+    request = {"model": "small", "settings": GRID | {"seed": seed}}
+    job = trial.jobs.submit("profile", request, None)
+    await_block(trial.jobs, job.id)
+    with full(trial.settings):
+        time.sleep(GIVEN_UP_SECONDS)
+    failed = trial.ended(job.id)
+    again = trial.ended(trial.jobs.submit("profile", request, None).id)
+    return {
+        "full_for_long": failed.state,
+        "submitted_again": again.state,
+        "layers_measured_again": measured_in_both(trial.jobs, failed, again),
+    }
+
+
+def measured_in_both(jobs: Jobs, *records: JobRecord) -> int:
+    first, second = (
+        {layer for event in jobs.events(r.id) if event.kind == "block" for layer in event.data["measured"]}
+        for r in records
     )
+    return len(first & second)
 
 
-def read_profile(settings: Settings, item: dict[str, Any]) -> dict[str, bytes]:
-    folder = settings.profiles_dir / str(item.get("profile_id"))
-    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
+def differing(found: list[Any], expected: list[Any]) -> int:
+    return sum(a != b for a, b in zip(found, expected, strict=False)) + abs(len(found) - len(expected))
 
 
-def measured_twice(jobs: Jobs, job_id: str) -> int:
-    """Layers that two `block` events of one entry name; entries are told apart by their run of events."""
-    seen: dict[str, int] = {}
-    for event in jobs.events(job_id):
-        if event.kind == "block":
-            for layer in event.data["measured"]:
-                key = f"{event.data['run']}/{layer}"
-                seen[key] = seen.get(key, 0) + 1
-    return sum(count > 1 for count in seen.values())
+def left_over(settings: Settings) -> list[str]:
+    """Files that are neither results nor locks nor the database's."""
+    hidden = [*settings.data_dir.rglob(".*")]
+    return sorted(str(p.relative_to(settings.data_dir)) for p in hidden if p.suffix != ".lock")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--profiles", type=int, default=12)
-    parser.add_argument("--workers", type=int, default=3)
-    parser.add_argument("--outages", type=int, default=0, help="times that PostgreSQL is stopped for a while")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("disturbances", nargs="*", default=list(DISTURBANCES), metavar="DISTURBANCE")
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--times", type=int, default=5, help="how often the other disturbances come")
+    parser.add_argument("--profiles", type=int, default=12)
+    parser.add_argument("--keep", action="store_true", help="keep the folder of each experiment")
     given = parser.parse_args()
-    cluster = Cluster() if given.database == "postgresql" else None
-    try:
-        with tempfile.TemporaryDirectory(prefix="bitrank-faults-") as folder:
-            outcome = experiment(
-                Path(folder), cluster, given.kills, given.profiles, given.workers, given.outages
-            )
-    finally:
-        if cluster is not None:
-            cluster.remove()
-    print(json.dumps({name: getattr(outcome, name) for name in Outcome.__slots__}, indent=1))
+    for name in given.disturbances:
+        cluster = Cluster() if given.database == "postgresql" else None
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=f"bitrank-{name}-"))
+            times = given.kills if name == "kills" else given.times
+            outcome = experiment(folder, name, cluster, times, given.profiles)
+        finally:
+            if cluster is not None:
+                cluster.remove()
+        print(json.dumps(asdict(outcome), indent=1), flush=True)
+        print(f"log: {folder}/log", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from api.auth import requires
 from api.keys import Principal
 from api.problems import ProblemError, responses
 from api.routes.negotiation import IDEMPOTENT
-from api.routes.submission import ACCEPTED, job_accepted
+from api.routes.submission import ACCEPTED, NewJobId, job_accepted
 from api.schemas import BatchRequest
 from api.service import ServiceOf
 
@@ -32,6 +32,7 @@ def submit_batch(
     request: Annotated[BatchRequest, Body(openapi_examples=EXAMPLES)],
     service: ServiceOf,
     owner: Annotated[Principal, Depends(requires("plan"))],
+    job_id: NewJobId,
 ) -> Response:
     """Finished items can be read in the job's `result` while it runs; one that fails leaves the others alone."""
     items = sum(len(entry.budgets) for entry in request.jobs)
@@ -40,4 +41,4 @@ def submit_batch(
         raise ProblemError("invalid-request", f"{items:,} items are more than {most:,}; split the batch")
     for model in {entry.model for entry in request.jobs}:
         service.catalogue.resolve(model)
-    return job_accepted(service.jobs.submit("batch", request.model_dump(mode="json"), owner.id))
+    return job_accepted(service.jobs.submit("batch", request.model_dump(mode="json"), owner.id, job_id))

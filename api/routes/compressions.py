@@ -12,7 +12,7 @@ from api.auth import requires
 from api.keys import Principal
 from api.problems import responses
 from api.routes.negotiation import IDEMPOTENT
-from api.routes.submission import ACCEPTED, job_accepted
+from api.routes.submission import ACCEPTED, NewJobId, job_accepted
 from api.schemas import CompressionRequest
 from api.service import ServiceOf
 
@@ -29,7 +29,8 @@ def submit_compression(
     request: Annotated[CompressionRequest, Body()],
     service: ServiceOf,
     owner: Annotated[Principal, Depends(requires("compress"))],
+    job_id: NewJobId,
 ) -> Response:
     """The checkpoint lands under `checkpoints/<plan>` of the data directory."""
     check_compressible(service.plans.plan(request.plan).target)
-    return job_accepted(service.jobs.submit("compression", request.model_dump(mode="json"), owner.id))
+    return job_accepted(service.jobs.submit("compression", request.model_dump(mode="json"), owner.id, job_id))

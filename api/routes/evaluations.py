@@ -14,7 +14,7 @@ from api.database import EvaluationRow
 from api.keys import Principal
 from api.problems import responses
 from api.routes.negotiation import IDEMPOTENT
-from api.routes.submission import ACCEPTED, job_accepted
+from api.routes.submission import ACCEPTED, NewJobId, job_accepted
 from api.schemas import PLAN_ID, EvaluationAnswer, EvaluationList, EvaluationRequest
 from api.service import ServiceOf
 
@@ -31,10 +31,11 @@ def submit_evaluation(
     request: Annotated[EvaluationRequest, Body()],
     service: ServiceOf,
     owner: Annotated[Principal, Depends(requires("compress"))],
+    job_id: NewJobId,
 ) -> Response:
     """Measure the checkpoint of a plan, made first where it is missing, against the original."""
     check_compressible(service.plans.plan(request.plan).target)
-    return job_accepted(service.jobs.submit("evaluation", request.model_dump(mode="json"), owner.id))
+    return job_accepted(service.jobs.submit("evaluation", request.model_dump(mode="json"), owner.id, job_id))
 
 
 @router.get("", responses=responses())

@@ -18,6 +18,8 @@ from api.routes.negotiation import IDEMPOTENT
 from api.service import ServiceOf
 
 POLL_SECONDS = 0.4
+MOST_EVENTS = 100
+"""Read at once for one stream, so that many streams of a long job are no burden."""
 RECONNECT_MILLISECONDS = 1_000
 STATES = ("queued", "running", "done", "failed", "cancelled")
 FINAL = ("done", "failed", "cancelled")
@@ -59,6 +61,7 @@ def cancel_job(job_id: JobId, service: ServiceOf, owner: Canceller) -> JobRecord
 async def _stream_start(
     job_id: JobId,
     service: ServiceOf,
+    reader: Reader,
     last_event_id: Annotated[
         str | None, Header(max_length=32, description="Go on after this event.", examples=["7"])
     ] = None,
@@ -72,12 +75,12 @@ async def _stream_start(
             )
         after = int(last_event_id)
     await run_in_threadpool(service.jobs.read, job_id)
-    service.event_streams.take()
+    service.event_streams.take(reader.id)
     service.metrics.event_streams.inc()
     try:
         yield after
     finally:
-        service.event_streams.give_back()
+        service.event_streams.give_back(reader.id)
         service.metrics.event_streams.dec()
 
 
@@ -89,7 +92,7 @@ async def follow_job(
 ) -> AsyncIterator[ServerSentEvent]:
     """Every event of the job, so far and to come, as server-sent events. Ends with the job; Last-Event-ID resumes."""
     while True:
-        events = await run_in_threadpool(service.jobs.events, job_id, after)
+        events = await run_in_threadpool(service.jobs.events, job_id, after, MOST_EVENTS)
         for event in events:
             after = event.sequence
             yield _sent(event)
@@ -97,7 +100,8 @@ async def follow_job(
                 return
         if not events and (await run_in_threadpool(service.jobs.read, job_id)).is_finished:
             return
-        await asyncio.sleep(POLL_SECONDS)
+        if len(events) < MOST_EVENTS:
+            await asyncio.sleep(POLL_SECONDS)
 
 
 def _sent(event: JobEvent) -> ServerSentEvent:

@@ -15,7 +15,7 @@ from api.explanation import difference, explain
 from api.keys import Principal
 from api.problems import responses
 from api.routes.negotiation import IDEMPOTENT, NOT_MODIFIED, IfNoneMatch, tagged
-from api.routes.submission import ACCEPTED, job_accepted
+from api.routes.submission import ACCEPTED, NewJobId, job_accepted
 from api.schemas import PLAN_ID, DiffAnswer, ExplanationAnswer, PlanRequest
 from api.service import Service, ServiceOf
 
@@ -72,22 +72,25 @@ MADE: dict[int | str, dict[str, Any]] = {
     responses={**MADE, **ACCEPTED, **responses("unknown-model", "too-large", "queue-full", "conflict")},
 )
 def make_plan(
-    request: Annotated[PlanRequest, Body(openapi_examples=EXAMPLES)], service: ServiceOf, owner: Planner
+    request: Annotated[PlanRequest, Body(openapi_examples=EXAMPLES)],
+    service: ServiceOf,
+    owner: Planner,
+    job_id: NewJobId,
 ) -> Response:
     """Plan one budget from the newest profile of a model: 201. What takes a worker is a job, 202: a model without a
     profile is measured first, and a plan to verify afterwards."""
     profile_id = service.profiles.find(request.model)
     if profile_id is None or request.verify:
-        return _as_job(service, request, owner)
+        return _as_job(service, request, owner, job_id)
     return _planned(service, profile_id, request, owner)
 
 
-def _as_job(service: Service, request: PlanRequest, owner: Principal) -> Response:
+def _as_job(service: Service, request: PlanRequest, owner: Principal, job_id: str | None) -> Response:
     from api.usecases import check_planning
 
     service.catalogue.resolve(request.model)
     check_planning(request.budget, request.strategy, request.constraints is not None, request.target)
-    return job_accepted(service.jobs.submit("plan", request.model_dump(mode="json"), owner.id))
+    return job_accepted(service.jobs.submit("plan", request.model_dump(mode="json"), owner.id, job_id))
 
 
 def _planned(service: Service, profile_id: str, request: PlanRequest, owner: Principal) -> Response:

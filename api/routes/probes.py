@@ -7,7 +7,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import Response
 
 from api.auth import requires
-from api.problems import ProblemError, responses
+from api.problems import database_away, responses
 from api.schemas import Health
 from api.service import ServiceOf
 from api.statistics import observe_database
@@ -27,9 +27,7 @@ def is_ready(service: ServiceOf) -> Health:
     try:
         service.database.ping()
     except SQLAlchemyError:
-        raise ProblemError(
-            "unavailable", "the database does not answer; try again soon", {}, {"Retry-After": "5"}
-        ) from None
+        raise database_away() from None
     return Health()
 
 

@@ -18,7 +18,7 @@ from api.keys import Principal
 from api.problems import responses
 from api.report import OptimalPoint, UniformPoint
 from api.routes.negotiation import IDEMPOTENT, NOT_MODIFIED, IfNoneMatch, accepted, tagged
-from api.routes.submission import ACCEPTED, job_accepted
+from api.routes.submission import ACCEPTED, NewJobId, job_accepted
 from api.schemas import (
     PROFILE_ID,
     CurvesAnswer,
@@ -84,10 +84,11 @@ def submit_profile(
     request: Annotated[ProfileRequest, Body()],
     service: ServiceOf,
     owner: Annotated[Principal, Depends(requires("plan"))],
+    job_id: NewJobId,
 ) -> Response:
     """Measure a model as a job; its result names the profile."""
     service.catalogue.resolve(request.model)
-    return job_accepted(service.jobs.submit("profile", request.model_dump(mode="json"), owner.id))
+    return job_accepted(service.jobs.submit("profile", request.model_dump(mode="json"), owner.id, job_id))
 
 
 @router.get("/{profile_id}", response_model=ProfileAnswer, responses=FOUND)

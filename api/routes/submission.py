@@ -1,9 +1,10 @@
-"""What the routes that submit jobs share: the answer 202, and how it is documented."""
+"""What the routes that submit jobs share: the job's id, the answer 202, and how it is documented."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+from fastapi import Depends, Request
 from starlette.responses import Response
 
 from api.job_schemas import JobRecord
@@ -19,6 +20,14 @@ ACCEPTED: dict[int | str, dict[str, Any]] = {
         },
     }
 }
+
+
+async def _job_id(request: Request) -> str | None:
+    return getattr(request.state, "job_id", None)
+
+
+NewJobId = Annotated[str | None, Depends(_job_id)]
+"""The id that the request's Idempotency-Key has chosen for the job; None without one."""
 
 
 def job_accepted(job: JobRecord) -> Response:

@@ -24,12 +24,10 @@ from api.plan_store import PlanStore
 from api.problems import ProblemError
 from api.settings import Settings
 from api.workflows import is_transient, persistently
-from benchmarks.faults import (
+from benchmarks.cluster import Cluster, binary
+from benchmarks.fleet import Fleet
+from benchmarks.installation import (
     GRID,
-    Cluster,
-    Fleet,
-    Witness,
-    binary,
     finished,
     installation,
     measured_twice,
@@ -37,6 +35,7 @@ from benchmarks.faults import (
     undisturbed,
     write_small_model,
 )
+from benchmarks.witness import Witness
 from profiler.calibration import silent
 from profiler.checkpoint import find_model
 from profiler.profile import load_profile

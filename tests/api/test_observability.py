@@ -20,7 +20,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from prometheus_client.parser import text_string_to_metric_families
 from service_process import ServiceProcess, command, environment
 
-from benchmarks.faults import GRID, write_small_model
+from benchmarks.installation import GRID, write_small_model
 
 PATIENCE_SECONDS = 240
 

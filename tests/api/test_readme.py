@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from allocator.plan import Plan
-from benchmarks.faults import free_port
+from benchmarks.cluster import free_port
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 900

@@ -19,7 +19,7 @@ from service_process import ServiceProcess
 
 from allocator.plan import MIB, Plan
 from api.usecases import plan_budget
-from benchmarks.faults import Cluster, binary
+from benchmarks.cluster import Cluster, binary
 from profiler.companion import CliffDocument, Cut, GroupCliff
 from profiler.estimate import Estimate
 from profiler.profile import load_profile

@@ -15,16 +15,9 @@ from api.database import open_database
 from api.jobs import Jobs
 from api.settings import Settings, SettingsError
 from api.store import Store, open_store
-from benchmarks.faults import (
-    GRID,
-    Cluster,
-    Fleet,
-    binary,
-    finished,
-    read_profile,
-    undisturbed,
-    write_small_model,
-)
+from benchmarks.cluster import Cluster, binary
+from benchmarks.fleet import Fleet
+from benchmarks.installation import GRID, finished, read_profile, undisturbed, write_small_model
 
 NAME = "profiles/abc"
 SMALL = {"model": "small", "settings": GRID}

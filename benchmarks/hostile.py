@@ -1,0 +1,141 @@
+"""Attacks a server and says how each was got rid of, and what an ordinary client noticed.
+
+    python benchmarks/hostile.py
+
+The server is a process with its default bounds, but 500 connections instead of 4,096; the attackers are a process,
+and the ordinary client another. The client plans a small model all the time, in turn over a kept connection and over
+a new one; its times are milliseconds. Compare with the row `nothing`, which is the same client alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from api.database import open_database
+from api.ledger import Ledger
+from api.settings import Settings
+from benchmarks.attacks import ATTACKS, UNREAD_BYTES, assault, unread
+from benchmarks.bystander import Bystander
+from benchmarks.cluster import free_port
+from benchmarks.installation import undisturbed, write_small_model
+
+MOST_CONNECTIONS = 500
+SHORTEST_SECONDS = 10.0
+CLIENTS = {
+    "silence": 400,
+    "slow head": 400,
+    "slow body": 400,
+    "slow unwanted body": 400,
+    "too many slow heads": 1_500,
+    "too many slow bodies": 1_500,
+    "endless head": 8,
+    "large body": 8,
+    "large chunked body": 8,
+    "million items": 8,
+    "unread plans": 100,
+    "unread events": 100,
+}
+
+
+def attack(name: str, port: int, unread_answer: tuple[str, int], clients: int) -> Counter[str]:
+    """Again and again for a while; in a process of its own."""
+    outcomes: Counter[str] = Counter()
+    deadline = time.monotonic() + SHORTEST_SECONDS
+    chosen = ATTACKS.get(name.removeprefix("too many ").removesuffix("s").replace("bodie", "body"))
+    while time.monotonic() < deadline:
+        outcomes += asyncio.run(assault(chosen or unread(*unread_answer), port, clients))
+    return outcomes
+
+
+@contextmanager
+def server(folder: Path, port: int) -> Iterator[None]:
+    environment = {
+        "BITRANK_DATA_DIR": str(folder / "data"),
+        "BITRANK_MAX_CONNECTIONS": str(MOST_CONNECTIONS),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = ["serve", "--port", str(port), "--workers", "0", "--profile", str(folder / "small")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "api.cli", *command], env=os.environ | environment, stderr=subprocess.DEVNULL
+    )
+    try:
+        while not _ready(port):
+            time.sleep(0.1)
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def _ready(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def eventful_job(data_dir: Path) -> str:
+    """A job that goes on, with more events than the buffers of a connection hold."""
+    database = open_database(Settings(data_dir=data_dir))
+    ledger = Ledger(database)
+    job = ledger.insert("profile", {}, None, quota=1_000)
+    ledger.start(job.id)
+    for _ in range(100):
+        ledger.add_event(job.id, "progress", {"stage": "x" * 100_000})
+    database.close()
+    return job.id
+
+
+def row(name: str, bystander: Bystander, outcomes: Counter[str]) -> dict[str, object]:
+    milliseconds = [1e3 * seconds for seconds in bystander.seconds]
+    return {
+        "attack": name,
+        "outcomes": dict(outcomes),
+        "plans": len(milliseconds),
+        "failed": sum(count for status, count in bystander.answers.items() if status != 201),
+        "p50": round(statistics.median(milliseconds), 1),
+        "p99": round(statistics.quantiles(milliseconds, n=100)[98], 1),
+        "max": round(max(milliseconds), 1),
+    }
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="bitrank-hostile-") as name, ProcessPoolExecutor(1) as attackers:
+        folder, port = Path(name), free_port()
+        write_small_model(folder / "model", 3)
+        undisturbed(folder / "model", 0, folder / "small")
+        with server(folder, port):
+            url = f"http://127.0.0.1:{port}"
+            model = httpx.get(f"{url}/v1/profiles", trust_env=False).json()["profiles"][0]["model"]
+            made = httpx.post(f"{url}/v1/plans", json={"model": model, "budget": "3bpw"}, trust_env=False)
+            plan = made.headers["location"], len(made.content)
+            events = f"/v1/jobs/{eventful_job(folder / 'data')}/events"
+            bystander = Bystander(url, model)
+            time.sleep(SHORTEST_SECONDS)
+            bystander.close()
+            print(json.dumps(row("nothing", bystander, Counter())), flush=True)
+            for attack_name, clients in CLIENTS.items():
+                answer = (events, UNREAD_BYTES) if attack_name == "unread events" else plan
+                bystander = Bystander(url, model)
+                outcomes = attackers.submit(attack, attack_name, port, answer, clients).result()
+                bystander.close()
+                print(json.dumps(row(attack_name, bystander, outcomes)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
