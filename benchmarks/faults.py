@@ -181,7 +181,7 @@ def truncate_logs(settings: Settings) -> None:
 def set_clocks(trial: Trial, job_id: str, times: int) -> dict[str, int | str]:
     assert trial.clock is not None
     made = 0
-    while made < times and trial.goes_on(job_id, trial.chance.uniform(3.0, 10.0)):
+    while made < times and trial.goes_on(job_id, trial.chance.uniform(1.0, 4.0)):
         trial.clock.set(JUMPS_SECONDS[made % len(JUMPS_SECONDS)])
         made += 1
     return {"jumps": made}

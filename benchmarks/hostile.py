@@ -26,39 +26,35 @@ from pathlib import Path
 
 import httpx
 
-from api.database import open_database
-from api.ledger import Ledger
-from api.settings import Settings
-from benchmarks.attacks import ATTACKS, UNREAD_BYTES, assault, unread
+from benchmarks.attacks import ATTACKS, UNREAD_BYTES, Attack, assault, unread
 from benchmarks.bystander import Bystander
 from benchmarks.cluster import free_port
-from benchmarks.installation import undisturbed, write_small_model
+from benchmarks.installation import eventful_job, undisturbed, write_small_model
 
 MOST_CONNECTIONS = 500
 SHORTEST_SECONDS = 10.0
 CLIENTS = {
-    "silence": 400,
-    "slow head": 400,
-    "slow body": 400,
-    "slow unwanted body": 400,
-    "too many slow heads": 1_500,
-    "too many slow bodies": 1_500,
-    "endless head": 8,
-    "large body": 8,
-    "large chunked body": 8,
-    "million items": 8,
-    "unread plans": 100,
-    "unread events": 100,
+    "silence": (ATTACKS["silence"], 400),
+    "slow heads": (ATTACKS["slow head"], 400),
+    "slow bodies": (ATTACKS["slow body"], 400),
+    "slow unwanted bodies": (ATTACKS["slow unwanted body"], 400),
+    "too many slow heads": (ATTACKS["slow head"], 1_500),
+    "too many slow bodies": (ATTACKS["slow body"], 1_500),
+    "endless heads": (ATTACKS["endless head"], 8),
+    "large bodies": (ATTACKS["large body"], 8),
+    "large chunked bodies": (ATTACKS["large chunked body"], 8),
+    "batches of a million items": (ATTACKS["million items"], 8),
 }
+UNREAD = {"unread plans": 20, "unread events": 100}
 
 
-def attack(name: str, port: int, unread_answer: tuple[str, int], clients: int) -> Counter[str]:
-    """Again and again for a while; in a process of its own."""
+def assail(attack: Attack | tuple[str, int], port: int, clients: int) -> Counter[str]:
+    """Again and again for a while, in a process of its own. An address and the bytes of its answer are left unread."""
     outcomes: Counter[str] = Counter()
     deadline = time.monotonic() + SHORTEST_SECONDS
-    chosen = ATTACKS.get(name.removeprefix("too many ").removesuffix("s").replace("bodie", "body"))
     while time.monotonic() < deadline:
-        outcomes += asyncio.run(assault(chosen or unread(*unread_answer), port, clients))
+        chosen = unread(*attack) if isinstance(attack, tuple) else attack
+        outcomes += asyncio.run(assault(chosen, port, clients))
     return outcomes
 
 
@@ -89,18 +85,6 @@ def _ready(port: int) -> bool:
         return False
 
 
-def eventful_job(data_dir: Path) -> str:
-    """A job that goes on, with more events than the buffers of a connection hold."""
-    database = open_database(Settings(data_dir=data_dir))
-    ledger = Ledger(database)
-    job = ledger.insert("profile", {}, None, quota=1_000)
-    ledger.start(job.id)
-    for _ in range(100):
-        ledger.add_event(job.id, "progress", {"stage": "x" * 100_000})
-    database.close()
-    return job.id
-
-
 def row(name: str, bystander: Bystander, outcomes: Counter[str]) -> dict[str, object]:
     milliseconds = [1e3 * seconds for seconds in bystander.seconds]
     return {
@@ -123,18 +107,21 @@ def main() -> None:
             url = f"http://127.0.0.1:{port}"
             model = httpx.get(f"{url}/v1/profiles", trust_env=False).json()["profiles"][0]["model"]
             made = httpx.post(f"{url}/v1/plans", json={"model": model, "budget": "3bpw"}, trust_env=False)
-            plan = made.headers["location"], len(made.content)
             events = f"/v1/jobs/{eventful_job(folder / 'data')}/events"
+            answers = {
+                "unread plans": (made.headers["location"], len(made.content)),
+                "unread events": (events, UNREAD_BYTES),
+            }
+            attacks = CLIENTS | {kind: (answers[kind], clients) for kind, clients in UNREAD.items()}
             bystander = Bystander(url, model)
             time.sleep(SHORTEST_SECONDS)
             bystander.close()
             print(json.dumps(row("nothing", bystander, Counter())), flush=True)
-            for attack_name, clients in CLIENTS.items():
-                answer = (events, UNREAD_BYTES) if attack_name == "unread events" else plan
+            for kind, (attack, clients) in attacks.items():
                 bystander = Bystander(url, model)
-                outcomes = attackers.submit(attack, attack_name, port, answer, clients).result()
+                outcomes = attackers.submit(assail, attack, port, clients).result()
                 bystander.close()
-                print(json.dumps(row(attack_name, bystander, outcomes)), flush=True)
+                print(json.dumps(row(kind, bystander, outcomes)), flush=True)
 
 
 if __name__ == "__main__":

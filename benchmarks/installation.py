@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from api.database import open_database
+from api.database import JobEventRow, now, open_database
 from api.job_schemas import JobRecord
 from api.jobs import Jobs
+from api.ledger import Ledger
 from api.settings import Settings
 
 GRID = {"tokens": 512, "bits": [2, 3, 4], "ranks": [0, 4], "group_sizes": [64]}
@@ -82,6 +83,22 @@ def installation(folder: Path, url: str) -> Iterator[tuple[Settings, Jobs]]:
     finally:
         jobs.close()
         database.close()
+
+
+def eventful_job(data_dir: Path) -> str:
+    """A job that goes on, with more events than the buffers of a connection hold."""
+    database = open_database(Settings(data_dir=data_dir))
+    ledger = Ledger(database)
+    job = ledger.insert("profile", {}, None, quota=1_000)
+    ledger.start(job.id)
+    data = {"stage": "x" * 1_000}
+    with database.transaction() as session:
+        session.add_all(
+            JobEventRow(job_id=job.id, sequence=3 + n, kind="progress", data=data, created_at=now())
+            for n in range(10_000)
+        )
+    database.close()
+    return job.id
 
 
 def finished(jobs: Jobs, job_id: str) -> JobRecord:

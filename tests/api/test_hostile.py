@@ -18,15 +18,12 @@ import pytest
 from road import Road
 from service_process import ServiceProcess
 
-from api.database import open_database
-from api.ledger import Ledger
 from api.limits import Places
 from api.problems import ProblemError
-from api.settings import Settings
 from benchmarks.attacks import ATTACKS, assault, unread
 from benchmarks.bystander import Bystander
 from benchmarks.fleet import Fleet
-from benchmarks.installation import finished, installation, write_small_model
+from benchmarks.installation import eventful_job, finished, installation, write_small_model
 
 CONNECTIONS, STREAMS = 40, 4
 PLAN = {"model": "model", "budget": "3bpw"}
@@ -111,18 +108,6 @@ def test_event_streams_that_are_never_read_give_their_places_back(hostage: Servi
     job = hostage.client.post("/v1/profiles", json={"model": "demo"}).headers["location"]
     hostage.client.post(f"{job}/cancel")
     assert hostage.client.get(f"{job}/events").status_code == 200
-
-
-def eventful_job(data_dir: Path) -> str:
-    """A job that goes on, with more events than the buffers of any connection hold."""
-    database = open_database(Settings(data_dir=data_dir))
-    ledger = Ledger(database)
-    job = ledger.insert("profile", {}, None, quota=1_000)
-    ledger.start(job.id)
-    for _ in range(100):
-        ledger.add_event(job.id, "progress", {"stage": "x" * 200_000})
-    database.close()
-    return job.id
 
 
 def test_more_event_streams_than_there_are_places_are_refused(hostage: ServiceProcess) -> None:
