@@ -65,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--output", type=Path, help="keep the profile here")
     parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS)
     arguments = parser.parse_args()
     inside: dict[str, float] = {}
@@ -74,7 +75,9 @@ def main() -> None:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         settings = ProfileSettings(calibration=arguments.calibration, tokens=arguments.tokens)
-        profile = build_profile(find_model(arguments.model), Path(folder) / "profile", settings, report)
+        profile = build_profile(
+            find_model(arguments.model), arguments.output or Path(folder) / "profile", settings, report
+        )
     wall, peak = time.perf_counter() - started, peak_memory_bytes()
     with tempfile.TemporaryDirectory() as folder:
         libraries = libraries_bytes(Path(folder))

@@ -1,7 +1,7 @@
 """The main job measured: plans against uniform GPTQ at the same bytes, predictions against measurements.
 
 `python -m benchmarks.road [--write]` profiles the reference models on the calibration text, plans five budgets,
-compresses and measures each on held-out books and documents, beside uniform settings at group 64. Uniform KL is
+carries them out and measures each on held-out books and documents, beside uniform settings at group 64. Uniform KL is
 log-interpolated in bytes between the integer widths. Skipped where the reference data is absent.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -20,10 +21,10 @@ from api import usecases
 from api.progress import progress
 from profiler.calibration import text_tokens
 from profiler.checkpoint import find_model
-from profiler.evaluation import measure, stored_logits
-from profiler.layers import load_model
+from profiler.layers import open_model
 from profiler.profile import Profile
 from profiler.run import ProfileSettings
+from profiler.trial import measure_trials
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -34,23 +35,19 @@ MODELS = {"llama-22m": 0.87, "demo": 0.93}
 """The ratio each model's plans must reach."""
 
 
-def measured_kl(
-    profile: Profile, plans: dict[str, Plan], folder: Path, tokens: int
-) -> dict[str, tuple[float, float]]:
-    """KL and its standard error of every plan, compressed and loaded again, on the same held-out windows."""
-    original = load_model(find_model(profile.document.model.id))
+def measured_kl(profile: Profile, plans: dict[str, Plan], tokens: int) -> dict[str, tuple[float, float]]:
+    """KL and its standard error of every plan, all carried out in one pass, on the same held-out windows."""
+    original = open_model(find_model(profile.document.model.id))
     tokens_NT = torch.cat(
         [text_tokens(original, SHARED / "data" / text, tokens // len(TEXTS)) for text in TEXTS]
     )
-    reference = stored_logits(original.model, tokens_NT, folder / "reference.f32")
-    found = {}
-    for name, plan in plans.items():
-        checkpoint = folder / name.replace(":", "-")
-        if not checkpoint.exists():
-            usecases.execute(plan, profile, checkpoint, progress())
-        fidelity = measure(load_model(find_model(str(checkpoint))).model, reference, tokens_NT, progress())
-        found[name] = (fidelity.kl_nats, fidelity.kl_standard_error)
-    return found
+    trials = [{name: layer.option for name, layer in plan.layers.items()} for plan in plans.values()]
+    with tempfile.TemporaryDirectory() as folder:
+        kl_PN = measure_trials(
+            original, profile.calibration_tokens(), tokens_NT, trials, Path(folder), progress()
+        )
+    errors = kl_PN.std(dim=1) / kl_PN.shape[1] ** 0.5
+    return dict(zip(plans, zip(kl_PN.mean(dim=1).tolist(), errors.tolist(), strict=True), strict=True))
 
 
 def table(model: str, bound: float, work: Path, tokens: int) -> str:
@@ -61,7 +58,7 @@ def table(model: str, bound: float, work: Path, tokens: int) -> str:
     uniform = {
         f"uniform:{bits}": usecases.plan_budget(profile, None, f"uniform:{bits}") for bits in UNIFORM_BITS
     }
-    found = measured_kl(profile, plans | uniform, work / model, tokens)
+    found = measured_kl(profile, plans | uniform, tokens)
     points = [(plan.total_bytes, found[name][0]) for name, plan in uniform.items()]
     lines = [
         f"### {model}",
@@ -94,7 +91,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / ".work" / "road")
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--tokens", type=int, default=32_768)
-    parser.add_argument("--fresh", action="store_true", help="forget earlier profiles and checkpoints")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier profiles")
     parser.add_argument("--write", action="store_true", help="write benchmarks/road.md")
     arguments = parser.parse_args()
     if not SHARED.exists():
