@@ -1,6 +1,7 @@
 """GPTQ: rounding column by column, each rounding error made good by the columns still to come.
 
-What lives here: the damped inverse factor of a Hessian and the column loop. Grids are in `grid.py`.
+What lives here: the damped inverse factor of a Hessian and the column loop. Grids are in `grid.py`, the loop's
+innermost part for CUDA in `gptq_triton.py`.
 
 Letters: P problems of one shape under one Hessian (bit widths, group sizes, layers), O rows, I columns, R = P·O.
 The loop works on the transpose, (I, R), so that a column of every problem is one contiguous run of memory.
@@ -13,16 +14,21 @@ grid is searched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from allocator.errors import BitrankError
+from allocator.storage import ceil_div
 from compressor.grid import Grid, Quantized, search_grid
 
 LEAF = 32
 """Columns rounded one by one between two matrix products; every group size is a multiple."""
+FUSED = 128
+"""Columns that one launch on CUDA rounds, see `gptq_triton.py`."""
 DAMPING = 0.01
 
 
@@ -71,17 +77,23 @@ def gptq(
     """Quantize P matrices of one shape in one column loop.
 
     w (P, O, I) float32; factor from `inverse_factor`; bits and group_sizes of length P. Group sizes are multiples
-    of 32; the last group of a row may be short.
+    of 32; the last group of a row may be short. On CUDA a Triton kernel takes 128 columns at a time where Triton is
+    installed; its sums run in another order, so that codes agree up to rounding.
     """
     problems, rows, columns = w_POI.shape
-    loop = _ColumnLoop(w_POI, factor_II, bits, group_sizes)
-    loop.round_columns(0, columns)
-    code_POI = loop.code_IR.T.reshape(problems, rows, columns)
+    state = _State.of(w_POI, factor_II, bits, group_sizes)
+    if w_POI.is_cuda and _triton_serves(group_sizes):
+        _round_halves(state, _round_fused, FUSED, 0, columns)
+    else:
+        _round_halves(state, _Leaf(state), LEAF, 0, columns)
+    code_POI = state.code_IR.T.reshape(problems, rows, columns)
+    scale_SPO = state.scale_SR.view(-1, problems, rows)
+    zero_SPO = state.zero_SR.view(-1, problems, rows)
     return [
         Quantized(
             code_OI=code_POI[p].contiguous(),
-            scale_OG=torch.stack([grid.scale_R for grid in loop.grids[p]], dim=1).bfloat16(),
-            zero_OG=torch.stack([grid.zero_R for grid in loop.grids[p]], dim=1).to(torch.uint8),
+            scale_OG=scale_SPO[:: group_sizes[p] // LEAF, p].T.bfloat16().contiguous(),
+            zero_OG=zero_SPO[:: group_sizes[p] // LEAF, p].T.to(torch.uint8).contiguous(),
             bits=bits[p],
             group_size=group_sizes[p],
         )
@@ -89,56 +101,105 @@ def gptq(
     ]
 
 
-class _ColumnLoop:
-    """The state of one run: the weights still to round, the errors made, and every problem's grids so far."""
+@dataclass(frozen=True, slots=True)
+class _State:
+    """One run: the weights still to round, the errors made, the codes, and the grid that starts at each 32 columns."""
 
-    def __init__(
-        self, w_POI: Tensor, factor_II: Tensor, bits: Sequence[int], group_sizes: Sequence[int]
-    ) -> None:
+    w_IR: Tensor
+    error_IR: Tensor
+    code_IR: Tensor
+    scale_SR: Tensor
+    zero_SR: Tensor
+    factor_II: Tensor
+    maximum_P: Tensor
+    group_sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, w_POI: Tensor, factor_II: Tensor, bits: Sequence[int], group_sizes: Sequence[int]) -> _State:
         problems, rows, columns = w_POI.shape
-        self.rows, self.group_sizes = rows, group_sizes
-        self.w_IR = w_POI.reshape(problems * rows, columns).T.contiguous()
-        self.error_IR = torch.empty_like(self.w_IR)
-        self.code_IR = torch.empty_like(self.w_IR, dtype=torch.uint8)
-        self.factor_II = factor_II
-        self.diagonal = factor_II.diagonal().tolist()
-        self.importance_I = factor_II.diagonal().square().reciprocal()
-        maximum_P = torch.tensor([2.0**b - 1 for b in bits], device=w_POI.device)
-        maximum_R = maximum_P.repeat_interleave(rows)
+        w_IR = w_POI.reshape(problems * rows, columns).T.contiguous()
+        scale_SR = w_IR.new_empty(ceil_div(columns, LEAF), problems * rows)
+        return cls(
+            w_IR,
+            torch.empty_like(w_IR),
+            torch.empty_like(w_IR, dtype=torch.uint8),
+            scale_SR,
+            torch.empty_like(scale_SR),
+            factor_II,
+            w_IR.new_tensor([2.0**b - 1 for b in bits]),
+            tuple(group_sizes),
+        )
+
+
+def _round_halves(
+    state: _State, round_leaf: Callable[[_State, int, int], None], leaf: int, start: int, end: int
+) -> None:
+    """Round columns start to end, `leaf` at a time, and spread each half's errors over the other half."""
+    if end - start <= leaf:
+        round_leaf(state, start, end)
+        return
+    middle = start + leaf
+    while 2 * (middle - start) < end - start:
+        middle = start + 2 * (middle - start)
+    _round_halves(state, round_leaf, leaf, start, middle)
+    spread_II = state.factor_II[start:middle, middle:end].T
+    state.w_IR[middle:end].addmm_(spread_II, state.error_IR[start:middle], alpha=-1)
+    _round_halves(state, round_leaf, leaf, middle, end)
+
+
+class _Leaf:
+    """Rounds up to 32 columns one by one, on any device; keeps every row's present grid."""
+
+    def __init__(self, state: _State) -> None:
+        self.rows = state.w_IR.shape[1] // len(state.group_sizes)
+        self.diagonal = state.factor_II.diagonal().tolist()
+        self.importance_I = state.factor_II.diagonal().square().reciprocal()
+        maximum_R = state.maximum_P.repeat_interleave(self.rows)
         self.now = Grid(torch.ones_like(maximum_R), torch.zeros_like(maximum_R), maximum_R)
-        self.grids: list[list[Grid]] = [[] for _ in group_sizes]
 
-    def round_columns(self, start: int, end: int) -> None:
-        if end - start <= LEAF:
-            self._round_leaf(start, end)
-            return
-        middle = start + LEAF
-        while 2 * (middle - start) < end - start:
-            middle = start + 2 * (middle - start)
-        self.round_columns(start, middle)
-        spread_II = self.factor_II[start:middle, middle:end].T
-        self.w_IR[middle:end].addmm_(spread_II, self.error_IR[start:middle], alpha=-1)
-        self.round_columns(middle, end)
-
-    def _round_leaf(self, start: int, end: int) -> None:
-        for group_size in sorted(set(self.group_sizes)):
+    def __call__(self, state: _State, start: int, end: int) -> None:
+        for group_size in sorted(set(state.group_sizes)):
             if start % group_size == 0:
-                self._search(start, group_size)
+                self._search(state, start, group_size)
         for column in range(start, end):
-            w_R = self.w_IR[column]
+            w_R = state.w_IR[column]
             code_R = self.now.encode(w_R)
-            self.code_IR[column] = code_R
-            error_R = torch.sub(w_R, self.now.decode(code_R), out=self.error_IR[column])
+            state.code_IR[column] = code_R
+            error_R = torch.sub(w_R, self.now.decode(code_R), out=state.error_IR[column])
             error_R.div_(self.diagonal[column])
             if column + 1 < end:
-                self.w_IR[column + 1 : end].addr_(self.factor_II[column, column + 1 : end], error_R, alpha=-1)
+                spread_I = state.factor_II[column, column + 1 : end]
+                state.w_IR[column + 1 : end].addr_(spread_I, error_R, alpha=-1)
 
-    def _search(self, start: int, group_size: int) -> None:
+    def _search(self, state: _State, start: int, group_size: int) -> None:
         """Refit the grids of every problem that starts a group here."""
-        w_gR = self.w_IR[start : start + group_size]
+        w_gR = state.w_IR[start : start + group_size]
         importance_g1 = self.importance_I[start : start + group_size, None]
-        for p in [p for p, size in enumerate(self.group_sizes) if size == group_size]:
+        for p in [p for p, size in enumerate(state.group_sizes) if size == group_size]:
             rows = slice(p * self.rows, (p + 1) * self.rows)
             grid = search_grid(w_gR[:, rows], importance_g1, self.now.maximum_R[rows])
             self.now.scale_R[rows], self.now.zero_R[rows] = grid.scale_R, grid.zero_R
-            self.grids[p].append(grid)
+            state.scale_SR[start // LEAF, rows], state.zero_SR[start // LEAF, rows] = (
+                grid.scale_R,
+                grid.zero_R,
+            )
+
+
+def _round_fused(state: _State, start: int, end: int) -> None:
+    from compressor.gptq_triton import round_block
+
+    round_block(
+        state.w_IR[start:end],
+        state.error_IR[start:end],
+        state.code_IR[start:end],
+        state.scale_SR[start // LEAF :],
+        state.zero_SR[start // LEAF :],
+        state.factor_II[start:end, start:end],
+        state.maximum_P,
+        state.group_sizes,
+    )
+
+
+def _triton_serves(group_sizes: Sequence[int]) -> bool:
+    """Whether Triton is installed and every group ends within a fused block."""
+    return find_spec("triton") is not None and all(FUSED % size == 0 for size in group_sizes)
