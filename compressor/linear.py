@@ -11,6 +11,8 @@ low rank, where there is no Q, `left` does.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,11 @@ from allocator.storage import FACTOR_GROUP_SIZE, KEEP_BITS, Option, ceil_div
 from compressor.decompose import Decomposition
 from compressor.grid import Quantized
 from compressor.packing import pack, unpack, words
+
+TILE = 2**24
+"""Weights dequantized at once."""
+MOST_COLUMNS = 2**16
+"""Longest row whose inputs the decode kernel's lanes can hold."""
 
 
 def matrix_names(name: str) -> tuple[str, str, str]:
@@ -66,6 +73,7 @@ class CompressedLinear(nn.Module):
         if option.rank:
             self._add_factor(left_name(option), rows)
             self._add_factor("right", columns)
+        self._has_kernel = _has_kernel(columns, option)
         self.register_parameter("bias", _parameter((rows,), torch.get_default_dtype()) if bias else None)
 
     def _add_factor(self, name: str, width: int) -> None:
@@ -82,40 +90,111 @@ class CompressedLinear(nn.Module):
         self.register_parameter(scale, _parameter((rows, groups), torch.bfloat16))
         self.register_parameter(zero, _parameter((1, words(rows * groups, bits)), torch.int32))
 
-    def _dense(self, name: str, columns: int, bits: int, group_size: int) -> Tensor:
-        word_OW, scale_OG, zero_1W = (getattr(self, part) for part in matrix_names(name))
-        rows, groups = scale_OG.shape
-        zero_OG = unpack(zero_1W, bits, rows * groups).view(rows, groups)
-        return Quantized(unpack(word_OW, bits, columns), scale_OG, zero_OG, bits, group_size).dequantize()
+    def _grid_of(self, name: str) -> tuple[int, int]:
+        """Bits and group size of a quantized matrix."""
+        if name == "weight" and self.option.bits:
+            return self.option.bits, self.option.group_size
+        return self.option.factor_bits, FACTOR_GROUP_SIZE
+
+    def _is_quantized(self, name: str) -> bool:
+        return matrix_names(name)[1] in self._parameters
+
+    def _zero(self, name: str) -> Tensor:
+        """uint8 (O, G), unpacked here unless `prepare` did."""
+        ready_OG = self._buffers.get(f"{name}_zero_OG")
+        if ready_OG is not None:
+            return ready_OG
+        _, scale, zero = matrix_names(name)
+        shape = getattr(self, scale).shape
+        return unpack(getattr(self, zero), self._grid_of(name)[0], shape.numel()).view(shape)
+
+    def _dense(self, name: str, columns: int, rows: slice = slice(None)) -> Tensor:
+        bits, group_size = self._grid_of(name)
+        word_OW, scale_OG, zero_OG = getattr(self, name), getattr(self, f"{name}_scale"), self._zero(name)
+        code_OI = unpack(word_OW[rows], bits, columns)
+        return Quantized(code_OI, scale_OG[rows], zero_OG[rows], bits, group_size).dequantize()
 
     def _factor(self, name: str, width: int) -> Tensor:
-        if self.option.factor_bits == KEEP_BITS:
-            return getattr(self, name).float()
-        return self._dense(name, width, self.option.factor_bits, FACTOR_GROUP_SIZE)
+        return self._dense(name, width) if self._is_quantized(name) else getattr(self, name).float()
 
     def dense_weight(self) -> Tensor:
         """Q + L·R, float32 (O, I)."""
         weight_OI = torch.zeros(self.out_features, self.in_features)
         if self.option.bits:
-            weight_OI = self._dense("weight", self.in_features, self.option.bits, self.option.group_size)
+            weight_OI = self._dense("weight", self.in_features)
         if self.option.rank:
             left_rO = self._factor(left_name(self.option), self.out_features)
             weight_OI = weight_OI + left_rO.T @ self._factor("right", self.in_features)
         return weight_OI
 
+    def prepare(self) -> None:
+        """Unpack the zero points once, which the decode kernel reads; the state dict stays as it is stored."""
+        for name in ("weight", "left", "right"):
+            if self._is_quantized(name):
+                self.register_buffer(f"{name}_zero_OG", self._zero(name), persistent=False)
+
     def forward(self, x: Tensor) -> Tensor:
-        """x (…, I) -> (…, O), in the dtype of x."""
+        """x (…, I) -> (…, O), in the dtype of x. One token on CUDA is left to `matvec_triton.py`."""
+        output = self._decode(x) if self._is_decoding(x) else self._multiply(x)
+        return output if self.bias is None else output + self.bias.to(x.dtype)
+
+    def _is_decoding(self, x: Tensor) -> bool:
+        return (
+            self._has_kernel
+            and x.is_cuda
+            and x.numel() == self.in_features
+            and x.dtype in (torch.bfloat16, torch.float16)
+        )
+
+    def _decode(self, x: Tensor) -> Tensor:
+        from compressor.matvec_triton import matvec
+
+        x_I = x.reshape(-1)
+        bits, group_size = self._grid_of("weight")
+        left = left_scale = left_zero = hidden_r = None
+        if self.option.rank:
+            hidden_r, left = self._hidden(x_I), self.left
+            if self._is_quantized("left"):
+                left_scale, left_zero = self.left_scale, self._zero("left")
+        output_O = matvec(
+            x_I, self.weight, self.weight_scale, self._zero("weight"), bits, group_size, x.dtype,
+            left, left_scale, left_zero, hidden_r, self.option.factor_bits,
+        )  # fmt: skip
+        return output_O.view(*x.shape[:-1], self.out_features)
+
+    def _hidden(self, x_I: Tensor) -> Tensor:
+        """R·x of one token, float32 (rank,)."""
+        from compressor.matvec_triton import matvec
+
+        if not self._is_quantized("right"):
+            return (self.right.to(x_I.dtype) @ x_I).float()
+        bits, group_size = self._grid_of("right")
+        zero_rG = self._zero("right")
+        return matvec(x_I, self.right, self.right_scale, zero_rG, bits, group_size, torch.float32)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        """The product with Q dequantized a tile of rows at a time, and with the factors."""
         output = x.new_zeros(*x.shape[:-1], self.out_features)
         if self.option.bits:
-            weight_OI = self._dense("weight", self.in_features, self.option.bits, self.option.group_size)
-            output = F.linear(x, weight_OI.to(x.dtype))
+            tiles = [
+                F.linear(x, self._dense("weight", self.in_features, slice(first, first + step)).to(x.dtype))
+                for step in [max(1, TILE // self.in_features)]
+                for first in range(0, self.out_features, step)
+            ]
+            output = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
         if self.option.rank:
             hidden = F.linear(x, self._factor("right", self.in_features).to(x.dtype))
             output = output + hidden @ self._factor(left_name(self.option), self.out_features).to(x.dtype)
-        return output if self.bias is None else output + self.bias.to(x.dtype)
+        return output
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, option={self.option}"
+
+
+def _has_kernel(columns: int, option: Option) -> bool:
+    """Whether the decode kernel serves such a Q: 4 lanes take 64 columns, one group, half of one or two."""
+    fits = columns % 64 == 0 and (option.group_size == 32 or option.group_size % 64 == 0)
+    return option.bits > 0 and fits and columns <= MOST_COLUMNS and find_spec("triton") is not None
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

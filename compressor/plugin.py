@@ -51,6 +51,9 @@ class BitrankQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for layer in model.modules():
+            if isinstance(layer, CompressedLinear) and next(layer.parameters()).is_cuda:
+                layer.prepare()
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
