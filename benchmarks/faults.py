@@ -1,6 +1,6 @@
 """Disturbs batches of profiles and says whether anything was lost, done twice or came out different.
 
-    python benchmarks/faults.py [kills outages disk clock …] [--database sqlite|postgresql] [--profiles 12] [--kills 30]
+    python -m benchmarks.faults [kills outages disk clock …] [--database sqlite|postgresql] [--profiles 12] [--kills 30]
 
 Two servers and three workers work on one batch, submitted over HTTP; every profile is of the same small random model
 under another seed. A process that ends is started again at once. The disturbances:

@@ -1,6 +1,6 @@
 """Attacks a server and says how each was got rid of, and what an ordinary client noticed.
 
-    python benchmarks/hostile.py
+    python -m benchmarks.hostile
 
 The server is a process with its default bounds, but 500 connections instead of 4,096; the attackers are a process,
 and the ordinary client another. The client plans a small model all the time, in turn over a kept connection and over

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,12 @@ def undisturbed(model: Path, seed: int, output: Path) -> dict[str, bytes]:
 
 def undisturbed_plan(profile: Path) -> str:
     """The id of the plan of `BUDGET`, which is the digest of its document."""
-    from api.plan_store import addressed
+    from api.plan_store import ID_LENGTH
     from api.usecases import plan_budget
     from profiler.profile import load_profile
 
-    return addressed(plan_budget(load_profile(profile), BUDGET, "optimal"))[0]
+    document = plan_budget(load_profile(profile), BUDGET, "optimal").document()
+    return sha256(document).hexdigest()[:ID_LENGTH]
 
 
 @contextmanager
