@@ -68,7 +68,7 @@ def test_the_installed_script_is_the_module() -> None:
     script = Path(sys.executable).with_name("bitrank")
     if not script.exists():
         pytest.skip("bitrank is not installed beside this Python")
-    process = subprocess.run([script, "plan", "/nowhere"], capture_output=True, text=True)
+    process = subprocess.run([script, "frontier", "/nowhere"], capture_output=True, text=True)
     assert process.returncode == 1
     assert process.stderr.startswith("bitrank: /nowhere is not a profile directory")
     assert process.stderr.count("\n") == 1
