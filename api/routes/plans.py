@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from threading import Lock
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Path, Query
@@ -23,6 +25,9 @@ router = APIRouter(prefix="/v1/plans", tags=["plans"])
 PlanId = Annotated[str, Path(pattern=PLAN_ID, description="A plan's id.")]
 Reader = Annotated[Principal, Depends(requires("read"))]
 Planner = Annotated[Principal, Depends(requires("plan"))]
+PLANNING = Lock()
+"""One plan is solved at a time: threads that compute side by side only take the interpreter from each other.
+Not under constraints or a target, which may take seconds."""
 EXAMPLES = {
     "bits per weight": {"value": {"model": "demo", "budget": "3.25bpw"}},
     "a quarter of the original": {"value": {"model": "demo", "budget": "25%"}},
@@ -106,7 +111,8 @@ def plan_of(service: Service, profile_id: str, request: PlanRequest) -> Plan:
 
     constraints = None if request.constraints is None else request.constraints.rules()
     profile = service.profiles.load(profile_id)
-    return plan_budget(profile, request.budget, request.strategy, constraints, request.target)
+    with PLANNING if constraints is None and request.target is None else nullcontext():
+        return plan_budget(profile, request.budget, request.strategy, constraints, request.target)
 
 
 @router.get("/{plan_id}", response_model=Plan, responses={**NOT_MODIFIED, **responses("unknown-plan")})
