@@ -26,22 +26,23 @@ class Bystander:
         self._thread.join()
 
     def _plan(self) -> None:
-        with httpx.Client(base_url=self._url, timeout=60.0, trust_env=False) as kept:
+        none_kept = httpx.Limits(max_keepalive_connections=0)
+        with (
+            httpx.Client(base_url=self._url, timeout=60.0, trust_env=False) as kept,
+            httpx.Client(base_url=self._url, timeout=60.0, trust_env=False, limits=none_kept) as new,
+        ):
             for number in count():
                 if self._closing.is_set() and number > 1:
                     return
                 request = {"model": self._model, "budget": f"{3 + number % 1_000 / 1_000}bpw"}
                 started = time.perf_counter()
-                self.answers[_status(kept, request, new_connection=number % 2 == 1)] += 1
+                self.answers[_status(new if number % 2 else kept, request)] += 1
                 self.seconds.append(time.perf_counter() - started)
                 self._closing.wait(0.01)
 
 
-def _status(client: httpx.Client, request: dict[str, str], new_connection: bool) -> int:
+def _status(client: httpx.Client, request: dict[str, str]) -> int:
     try:
-        if not new_connection:
-            return client.post("/v1/plans", json=request).status_code
-        with httpx.Client(base_url=client.base_url, timeout=60.0, trust_env=False) as other:
-            return other.post("/v1/plans", json=request).status_code
+        return client.post("/v1/plans", json=request).status_code
     except httpx.TransportError:
         return 0

@@ -299,18 +299,20 @@ def small_disk(folder: Path) -> Iterator[None]:
 
 
 def give_up_and_resume(trial: Trial, seed: int) -> dict[str, int | str]:
-    """A disk that stays full fails a job with a problem; submitted again on a disk with room, it is done."""
+    """A disk that stays full for longer than a task is tried: the job then, and submitted again on a disk with room."""
     request = {"model": "small", "settings": GRID | {"seed": seed}}
     job = trial.jobs.submit("profile", request, None)
     await_block(trial.jobs, job.id)
     with full(trial.settings):
         time.sleep(GIVEN_UP_SECONDS)
-    failed = trial.ended(job.id)
+        while_full = trial.jobs.read(job.id)
+    first = trial.ended(job.id)
     again = trial.ended(trial.jobs.submit("profile", request, None).id)
     return {
-        "full_for_long": failed.state,
+        "while_full_for_long": while_full.state,
+        "then": first.state,
         "submitted_again": again.state,
-        "layers_measured_again": measured_in_both(trial.jobs, failed, again),
+        "layers_measured_again": measured_in_both(trial.jobs, first, again),
     }
 
 
