@@ -23,6 +23,8 @@ from api.settings import Settings
 MOST_HEAD_BYTES = 65_536
 RESERVED_FILES = 256
 """File descriptors that are not connections: the database's, profiles being read."""
+MOST_PIPELINED = 64
+"""Requests sent without waiting for answers. Few do so at all; thousands, read in one go, would hold up the others."""
 CHECK_SECONDS = 1.0
 
 
@@ -102,7 +104,14 @@ class Connection(HttpToolsProtocol):
         if self.cycle.more_body:
             self._leave()
 
+    def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MOST_PIPELINED:
+            raise ValueError("too many requests at once")
+        super().on_message_begin()
+
     def send_400_response(self, msg: str) -> None:
+        if self.pipeline or (self._is_answering and self.cycle.response_started):
+            return self._cut()  # in the midst of an answer there is no place for another
         self._refuse(
             ProblemError("bad-request", "the request is not HTTP/1.1; send it through an HTTP client")
         )

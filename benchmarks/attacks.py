@@ -81,6 +81,18 @@ async def million_items(port: int) -> str:
     return await _sent(reader, writer, iter([body]))
 
 
+async def pipelined_requests(port: int) -> str:
+    """A thousand requests in one go."""
+    reader, writer = await asyncio.open_connection(HOST, port)
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1_000)
+    while True:
+        try:
+            if not await asyncio.wait_for(reader.read(MIB), PATIENCE_SECONDS):
+                return "closed"
+        except ConnectionError:
+            return "closed"
+
+
 def unread(path: str, answer_bytes: int = UNREAD_BYTES) -> Callable[[int], Awaitable[str]]:
     """Asks for answers of that many bytes, more than the system keeps for a client that never reads, and reads none."""
     times = -(-UNREAD_BYTES // answer_bytes)
@@ -112,6 +124,7 @@ ATTACKS: dict[str, Attack] = {
         large_body,
         large_chunked_body,
         million_items,
+        pipelined_requests,
     )
 }
 

@@ -43,9 +43,11 @@ CLIENTS = {
     "endless heads": (ATTACKS["endless head"], 8),
     "large bodies": (ATTACKS["large body"], 8),
     "large chunked bodies": (ATTACKS["large chunked body"], 8),
+    "a thousand requests in one go": (ATTACKS["pipelined requests"], 100),
     "batches of a million items": (ATTACKS["million items"], 8),
 }
-UNREAD = {"unread plans": 20, "unread events": 100}
+UNREAD = {"unread files": 20, "unread events": 100}
+SCRIPT = "/static/vendor/d3.min.js"
 
 
 def assail(attack: Attack | tuple[str, int], port: int, clients: int) -> Counter[str]:
@@ -106,10 +108,10 @@ def main() -> None:
         with server(folder, port):
             url = f"http://127.0.0.1:{port}"
             model = httpx.get(f"{url}/v1/profiles", trust_env=False).json()["profiles"][0]["model"]
-            made = httpx.post(f"{url}/v1/plans", json={"model": model, "budget": "3bpw"}, trust_env=False)
+            script = httpx.get(f"{url}{SCRIPT}", trust_env=False)
             events = f"/v1/jobs/{eventful_job(folder / 'data')}/events"
             answers = {
-                "unread plans": (made.headers["location"], len(made.content)),
+                "unread files": (SCRIPT, len(script.content)),
                 "unread events": (events, UNREAD_BYTES),
             }
             attacks = CLIENTS | {kind: (answers[kind], clients) for kind, clients in UNREAD.items()}

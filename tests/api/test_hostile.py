@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import re
 import socket
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from benchmarks.fleet import Fleet
 from benchmarks.installation import eventful_job, finished, installation, write_small_model
 
 CONNECTIONS, STREAMS = 40, 4
+SCRIPT = "/static/vendor/d3.min.js"
 PLAN = {"model": "model", "budget": "3bpw"}
 
 
@@ -95,10 +97,26 @@ def test_too_many_connections_make_room_for_new_ones(hostage: ServiceProcess, na
 
 
 def test_answers_that_are_never_read_are_dropped(hostage: ServiceProcess) -> None:
-    made = hostage.client.post("/v1/plans", json=PLAN)
-    attack = unread(made.headers["location"], len(made.content))
+    attack = unread(SCRIPT, len(hostage.client.get(SCRIPT).content))
     with others_are_answered(hostage):
         assert asyncio.run(assault(attack, hostage.port, 10)) == Counter({"closed": 10})
+
+
+def test_more_requests_at_once_than_anyone_needs_are_cut_off(hostage: ServiceProcess) -> None:
+    with others_are_answered(hostage):
+        assert asyncio.run(assault(ATTACKS["pipelined requests"], hostage.port, 10)) == Counter(
+            {"closed": 10}
+        )
+
+
+def test_a_few_requests_at_once_are_answered_in_order(hostage: ServiceProcess) -> None:
+    paths = ("/healthz", "/v1/jobs/none", "/readyz")
+    with socket.create_connection(("127.0.0.1", hostage.port), timeout=20) as connection:
+        for path in paths:
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        answers = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert re.findall(rb"HTTP/1.1 (\d+) ", answers) == [b"200", b"404", b"200", b"200"]
 
 
 def test_event_streams_that_are_never_read_give_their_places_back(hostage: ServiceProcess) -> None:
