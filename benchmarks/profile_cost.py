@@ -68,6 +68,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="keep the profile here")
     parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS)
     arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        libraries = libraries_bytes(Path(folder))  # first: a child's peak starts at its parent's
     inside: dict[str, float] = {}
     timed("_quantized_of", inside)
     timed("_factors_of", inside)
@@ -79,8 +81,6 @@ def main() -> None:
             find_model(arguments.model), arguments.output or Path(folder) / "profile", settings, report
         )
     wall, peak = time.perf_counter() - started, peak_memory_bytes()
-    with tempfile.TemporaryDirectory() as folder:
-        libraries = libraries_bytes(Path(folder))
     layers = profile.document.layers.values()
     block: dict[int, dict[int, int]] = {}
     for record in layers:

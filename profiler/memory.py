@@ -6,7 +6,7 @@ import ctypes
 import sys
 
 M_MMAP_THRESHOLD = -3
-THRESHOLD_BYTES = 256 * 1024
+THRESHOLD_BYTES = 512 * 1024
 
 
 def return_freed_memory() -> None:

@@ -16,7 +16,7 @@ from profiler.calibration import InputMoment
 from profiler.layers import Layer, LoadedModel
 from profiler.measurement import GridSettings, Measurement
 
-WEIGHTS_PER_ELEMENT = 12
+WEIGHTS_PER_ELEMENT = 16
 """A weight of the model takes 4 bytes in float32, one being decomposed some 40."""
 
 
