@@ -1,7 +1,7 @@
 """GPTQ: rounding column by column, each rounding error made good by the columns still to come.
 
 What lives here: the damped inverse factor of a Hessian and the column loop. Grids are in `grid.py`, the loop's
-innermost part for CUDA in `gptq_triton.py`.
+compiled innermost part in `gptq_numba.py` for a CPU and in `gptq_triton.py` for CUDA.
 
 Letters: P problems of one shape under one Hessian (bit widths, group sizes, layers), O rows, I columns, R = P·O.
 The loop works on the transpose, (I, R), so that a column of every problem is one contiguous run of memory.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -28,7 +29,7 @@ from compressor.grid import Grid, Quantized, search_grid
 LEAF = 32
 """Columns rounded one by one between two matrix products; every group size is a multiple."""
 FUSED = 128
-"""Columns that one launch on CUDA rounds, see `gptq_triton.py`."""
+"""Columns that one call of a compiled kernel rounds."""
 DAMPING = 0.01
 
 
@@ -77,15 +78,16 @@ def gptq(
     """Quantize P matrices of one shape in one column loop.
 
     w (P, O, I) float32; factor from `inverse_factor`; bits and group_sizes of length P. Group sizes are multiples
-    of 32; the last group of a row may be short. On CUDA a Triton kernel takes 128 columns at a time where Triton is
-    installed; its sums run in another order, so that codes agree up to rounding.
+    of 32; the last group of a row may be short. A compiled kernel takes 128 columns at a time, numba's on a CPU,
+    Triton's on CUDA, where it is installed; its sums run in another order, so that codes agree up to rounding.
     """
     problems, rows, columns = w_POI.shape
     state = _State.of(w_POI, factor_II, bits, group_sizes)
-    if w_POI.is_cuda and _triton_serves(group_sizes):
-        _round_halves(state, _round_fused, FUSED, 0, columns)
-    else:
+    round_block = _kernel(w_POI.device.type, group_sizes)
+    if round_block is None:
         _round_halves(state, _Leaf(state), LEAF, 0, columns)
+    else:
+        _round_halves(state, partial(_round_fused, round_block), FUSED, 0, columns)
     code_POI = state.code_IR.T.reshape(problems, rows, columns)
     scale_SPO = state.scale_SR.view(-1, problems, rows)
     zero_SPO = state.zero_SR.view(-1, problems, rows)
@@ -185,9 +187,19 @@ class _Leaf:
             )
 
 
-def _round_fused(state: _State, start: int, end: int) -> None:
-    from compressor.gptq_triton import round_block
+def _kernel(device: str, group_sizes: Sequence[int]) -> Callable[..., None] | None:
+    """The compiled loop of a block of 128 columns, where one is installed and every group ends within a block."""
+    compiler = {"cpu": "numba", "cuda": "triton"}.get(device)
+    if compiler is None or find_spec(compiler) is None or any(FUSED % size for size in group_sizes):
+        return None
+    if compiler == "numba":
+        from compressor.gptq_numba import round_block
+    else:
+        from compressor.gptq_triton import round_block
+    return round_block
 
+
+def _round_fused(round_block: Callable[..., None], state: _State, start: int, end: int) -> None:
     round_block(
         state.w_IR[start:end],
         state.error_IR[start:end],
@@ -198,8 +210,3 @@ def _round_fused(state: _State, start: int, end: int) -> None:
         state.maximum_P,
         state.group_sizes,
     )
-
-
-def _triton_serves(group_sizes: Sequence[int]) -> bool:
-    """Whether Triton is installed and every group ends within a fused block."""
-    return find_spec("triton") is not None and all(FUSED % size == 0 for size in group_sizes)

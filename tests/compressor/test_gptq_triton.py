@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,10 @@ def test_on_cuda_it_leaves_the_loop_s_error(normal: MakeTensor, correlated: Make
 
 def round_in_the_interpreter(folder: Path) -> None:
     w_POI, factor_II = torch.load(folder / "problem.pt")
+    from compressor.gptq_triton import round_block
+
     state = _State.of(w_POI, factor_II, BITS, GROUP_SIZES)
-    _round_halves(state, _round_fused, FUSED, 0, w_POI.shape[2])
+    _round_halves(state, partial(_round_fused, round_block), FUSED, 0, w_POI.shape[2])
     torch.save((state.code_IR, state.scale_SR, state.zero_SR), folder / "found.pt")
 
 
