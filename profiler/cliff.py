@@ -168,7 +168,7 @@ def window_kls(loaded: LoadedModel, reference: Reference, tokens_NT: Tensor) -> 
         batch_NT = tokens_NT[first : first + BATCH].to(loaded.device)
         logits_NTV = loaded.model(batch_NT, use_cache=False).logits.float()
         check_finite(loaded.model, logits_NTV, "logits at reduced rank")
-        rows.append(window_divergences(logits_NTV, reference(first, batch_NT).to(logits_NTV)))
+        rows.append(window_divergences(logits_NTV, reference(first, batch_NT)))
     return torch.cat(rows).double().cpu().numpy()
 
 

@@ -7,7 +7,7 @@ What lives here: measuring on given token windows, generation side by side, deco
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from profiler.calibration import Progress, silent
 from profiler.layers import LoadedModel, check_finite
 
 BATCH = 1
-COMPARED = 128
+COMPARED = 32
 """Tokens compared at once; a comparison holds several copies of their logits."""
 
 
@@ -39,18 +39,20 @@ class Fidelity:
     tokens: int
 
 
-Reference = Callable[[int, Tensor], Tensor]
-"""The original model's logits (N, T, V) for the windows that start at an index."""
+Reference = Callable[[int, Tensor], Iterator[Iterable[Tensor]]]
+"""The original model's logits for the windows (N, T) that start at an index: of each window in turn all positions but
+the last, in pieces (`COMPARED`, V)."""
 
 
 def live_logits(reference: PreTrainedModel) -> Reference:
     """Logits computed when asked for. Asking raises `ModelError` where they are NaN or infinite."""
     device = next(reference.parameters()).device
 
-    def compute(first: int, batch_NT: Tensor) -> Tensor:
+    def compute(first: int, batch_NT: Tensor) -> Iterator[Iterable[Tensor]]:
         logits_NTV = reference(batch_NT.to(device), use_cache=False).logits.float()
         check_finite(reference, logits_NTV)
-        return logits_NTV
+        for logits_TV in logits_NTV:
+            yield logits_TV[:-1].split(COMPARED)
 
     return compute
 
@@ -58,34 +60,52 @@ def live_logits(reference: PreTrainedModel) -> Reference:
 @torch.inference_mode()
 def stored_logits(reference: PreTrainedModel, tokens_NT: Tensor, path: Path) -> Reference:
     """Logits computed now and kept in a file, for when the model itself is about to change."""
-    live = live_logits(reference)
+    live, sizes, vocabulary = live_logits(reference), list[int](), 0
     with path.open("wb") as file:
         for first in range(0, len(tokens_NT), BATCH):
-            logits_NTV = live(first, tokens_NT[first : first + BATCH])
-            file.write(logits_NTV.cpu().contiguous().numpy().data)
-    per_window = logits_NTV[0].numel()
+            for window in live(first, tokens_NT[first : first + BATCH]):
+                sizes.clear()
+                for piece_tV in window:
+                    vocabulary = piece_tV.shape[1]
+                    sizes.append(file.write(piece_tV.cpu().contiguous().numpy().data))
 
-    def read(first: int, batch_NT: Tensor) -> Tensor:
-        logits = np.fromfile(path, np.float32, len(batch_NT) * per_window, offset=4 * first * per_window)
-        return torch.from_numpy(logits).view(*batch_NT.shape, -1)
+    def pieces(window: int) -> Iterator[Tensor]:
+        offset = window * sum(sizes)
+        for size in sizes:
+            logits = np.fromfile(path, np.float32, size // 4, offset=offset)
+            yield torch.from_numpy(logits).view(-1, vocabulary)
+            offset += size
+
+    def read(first: int, batch_NT: Tensor) -> Iterator[Iterable[Tensor]]:
+        return map(pieces, range(first, first + len(batch_NT)))
 
     return read
 
 
 @torch.inference_mode()
-def compare(model: nn.Module, reference: Reference, tokens_NT: Tensor, progress: Progress = silent) -> Tensor:
-    """Of every window (N, 5) float64: KL, loss, reference loss, cosine, agreement, each a mean over its tokens."""
+def compare(
+    model: nn.Module,
+    reference: Reference,
+    tokens_NT: Tensor,
+    progress: Progress = silent,
+    batch: int = BATCH,
+) -> Tensor:
+    """Of every window (N, 5) float64: KL, loss, reference loss, cosine, agreement, each a mean over its tokens.
+
+    batch: windows run at once; their logits are held twice.
+    """
     device = next(model.parameters()).device
     rows = []
-    for first in range(0, len(tokens_NT), BATCH):
-        batch_NT = tokens_NT[first : first + BATCH].to(device)
-        reference_NTV = reference(first, batch_NT).to(device)
+    for first in range(0, len(tokens_NT), batch):
+        batch_NT = tokens_NT[first : first + batch].to(device)
         logits_NTV = model(batch_NT, use_cache=False).logits.float()
         rows += [
-            _compare(q_TV[:-1], p_TV[:-1], target_T[1:])
-            for q_TV, p_TV, target_T in zip(logits_NTV, reference_NTV, batch_NT, strict=True)
+            _compare(logits_TV[:-1], window, tokens_T[1:])
+            for logits_TV, window, tokens_T in zip(
+                logits_NTV, reference(first, batch_NT), batch_NT, strict=True
+            )
         ]
-        progress("measuring", min(first + BATCH, len(tokens_NT)), len(tokens_NT))
+        progress("measuring", min(first + batch, len(tokens_NT)), len(tokens_NT))
     return torch.stack(rows).double().cpu()
 
 
@@ -107,10 +127,10 @@ def measure(
     )
 
 
-def _compare(logits_TV: Tensor, reference_TV: Tensor, target_T: Tensor) -> Tensor:
+def _compare(logits_TV: Tensor, reference: Iterable[Tensor], target_T: Tensor) -> Tensor:
     """Of one window (5,): KL, loss, reference loss, cosine, agreement, each a mean over its tokens."""
-    pieces = zip(*(t.split(COMPARED) for t in (logits_TV, reference_TV, target_T)), strict=True)
-    return torch.cat([_compared(*piece) for piece in pieces]).mean(dim=0)
+    pieces = zip(logits_TV.split(COMPARED), reference, target_T.split(COMPARED), strict=True)
+    return torch.cat([_compared(q_tV, p_tV.to(q_tV), target_t) for q_tV, p_tV, target_t in pieces]).mean(0)
 
 
 def _compared(logits_TV: Tensor, reference_TV: Tensor, target_T: Tensor) -> Tensor:
@@ -130,12 +150,13 @@ def divergence(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def window_divergences(logits_NTV: Tensor, reference_NTV: Tensor) -> Tensor:
+def window_divergences(logits_NTV: Tensor, reference: Iterable[Iterable[Tensor]]) -> Tensor:
     """(N,): KL(reference ‖ logits) in nats/token of every window, over the positions that `measure` counts."""
     means = []
-    for q_TV, p_TV in zip(logits_NTV, reference_NTV, strict=True):
-        pieces = zip(p_TV[:-1].split(COMPARED), q_TV[:-1].split(COMPARED), strict=True)
-        means.append(torch.cat([divergence(p.log_softmax(-1), q.log_softmax(-1)) for p, q in pieces]).mean())
+    for q_TV, window in zip(logits_NTV, reference, strict=True):
+        pieces = zip(window, q_TV[:-1].split(COMPARED), strict=True)
+        found = [divergence(p_tV.to(q_tV).log_softmax(-1), q_tV.log_softmax(-1)) for p_tV, q_tV in pieces]
+        means.append(torch.cat(found).mean())
     return torch.stack(means)
 
 

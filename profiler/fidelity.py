@@ -145,7 +145,7 @@ def _divergences(windows: _Windows, index: int, first: int, changed_NTd: Tensor)
         tokens_NT = windows.tokens_NT[at : at + len(hidden_NTd)]
         logits_NTV = windows.continuation.logits(index + 1, hidden_NTd, tokens_NT)
         check_finite(windows.loaded.model, logits_NTV, f"logits with block {index} compressed")
-        parts.append(window_divergences(logits_NTV, windows.reference(at, tokens_NT).to(logits_NTV)))
+        parts.append(window_divergences(logits_NTV, windows.reference(at, tokens_NT)))
     return torch.cat(parts)
 
 

@@ -21,6 +21,7 @@ from profiler.calibration import Progress
 from profiler.evaluation import measure, stored_logits
 from profiler.gain import Probe
 from profiler.layers import Layer, LoadedModel
+from profiler.memory import return_fragments
 
 PROBES = tuple(Option(bits, 0, 64, 0) for bits in (2, 3, 4))
 
@@ -52,6 +53,7 @@ def measure_probes(
         with loaded.replacing(lambda layer, option=option: read_probe(folder, layer, option)):
             found = measure(loaded.model, reference, tokens_NT)
         probes.append(Probe(option, predicted_kl, found.kl_nats, found.kl_standard_error))
+        return_fragments()
         progress("measuring probes", index + 1, len(predicted))
     return probes
 

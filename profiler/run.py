@@ -49,7 +49,7 @@ from profiler.error_model import fit_error_model
 from profiler.gain import Probe, calibrate
 from profiler.layers import Layer, LoadedModel, load_model, open_model
 from profiler.measurement import BITS, FACTOR_BITS, GROUP_SIZES, GridSettings, Measurement
-from profiler.memory import return_freed_memory
+from profiler.memory import return_fragments, return_freed_memory
 from profiler.probes import PROBES, keeper, measure_probes
 from profiler.profile import (
     COLUMNS,
@@ -195,6 +195,7 @@ def begin_profile(run: ProfileRun, progress: Progress) -> None:
     if given_NT is None:
         sampled_tokens(run.loaded.ref, run.settings, run.work, progress)
     gradient_statistics(run.loaded, run.fitting_tokens, run.settings.seed, run.inputs, run.work, progress)
+    return_fragments()
 
 
 def sweep_block(run: ProfileRun, index: int, progress: Progress) -> list[str]:
@@ -211,6 +212,7 @@ def sweep_block(run: ProfileRun, index: int, progress: Progress) -> list[str]:
             write_atomically(run.layer_file(sweep.layer), json.dumps(asdict(sweep)).encode())
             measured.append(sweep.layer.name)
             run.report_sweep(progress)
+    return_fragments()
     return measured
 
 
