@@ -22,6 +22,7 @@ from allocator.storage import KEEP_BITS, Option
 from compressor.gptq import gptq, inverse_factor
 from compressor.grid import Quantized
 from compressor.lowrank import Factors, factorize, square_root
+from compressor.precision import tensor_cores
 
 ROUNDS = 4
 LEAST_GAIN = 0.01
@@ -67,7 +68,8 @@ class Decomposition:
 def row_errors(w_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor) -> Tensor:
     """diag(ΔW H ΔWᵀ), float32 (O,): the squared output error of every row, per token."""
     delta_OI = w_OI - approximation_OI
-    return ((delta_OI @ hessian_II) * delta_OI).sum(dim=1).clamp_(min=0)
+    with tensor_cores():
+        return ((delta_OI @ hessian_II) * delta_OI).sum(dim=1).clamp_(min=0)
 
 
 def squared_error(w_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor) -> float:

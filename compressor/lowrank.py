@@ -25,6 +25,7 @@ from torch import Tensor
 from allocator.storage import FACTOR_GROUP_SIZE, KEEP_BITS
 from compressor.gptq import DAMPING, SingularHessianError, cholesky, gptq
 from compressor.grid import Quantized, round_to_nearest
+from compressor.precision import tensor_cores
 
 OVERSAMPLING = 8
 ITERATIONS = 2
@@ -62,7 +63,8 @@ def square_root(hessian_II: Tensor) -> Tensor:
 def leading_directions(residual_POI: Tensor, root_II: Tensor, rank: int) -> Tensor:
     """(P, O, rank) orthonormal, the leading eigenvectors of E H Eᵀ = (ES)(ES)ᵀ in falling order."""
     _, rows, columns = residual_POI.shape
-    weighted_POI = residual_POI @ root_II
+    with tensor_cores():
+        weighted_POI = residual_POI @ root_II
     width = min(rank + OVERSAMPLING, rows, columns)
     generator = torch.Generator().manual_seed(0)
     start_Ik = torch.randn(columns, width, generator=generator).to(residual_POI.device)
@@ -71,8 +73,17 @@ def leading_directions(residual_POI: Tensor, root_II: Tensor, rank: int) -> Tens
         other_PIk = torch.linalg.qr(weighted_POI.mT @ basis_POk).Q
         basis_POk = torch.linalg.qr(weighted_POI @ other_PIk).Q
     small_PkI = basis_POk.mT @ weighted_POI
-    _, vector_Pkk = torch.linalg.eigh((small_PkI @ small_PkI.mT).double())
-    return (basis_POk.double() @ vector_Pkk.flip(-1)[..., :rank]).float()
+    vector_Pkk = _eigenvectors((small_PkI @ small_PkI.mT).double())
+    return (basis_POk.double() @ vector_Pkk[..., :rank]).float()
+
+
+def _eigenvectors(gram_Pkk: Tensor) -> Tensor:
+    """Eigenvectors (P, k, k) in falling order, float64; LAPACK's where cuSOLVER's iteration does not converge."""
+    try:
+        vector_Pkk = torch.linalg.eigh(gram_Pkk)[1]
+    except torch.linalg.LinAlgError:
+        vector_Pkk = torch.linalg.eigh(gram_Pkk.cpu())[1].to(gram_Pkk.device)
+    return vector_Pkk.flip(-1)
 
 
 def factorize(

@@ -27,8 +27,10 @@ from profiler.offload import Offload
 
 logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
 
-BATCH_LOGITS = 2**22
+BATCH_LOGITS = {"cpu": 2**22, "cuda": 2**30}
 """Logits of one batch, in numbers; a batch is one window at least."""
+BATCH_WINDOWS = {"cpu": 4, "cuda": 16}
+"""Windows of one batch at most; on a GPU, every batch has every block brought there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +86,10 @@ class LoadedModel:
 
     @property
     def windows_per_batch(self) -> int:
-        """Windows run at once: four, or as many as keep a batch's logits within `BATCH_LOGITS`."""
+        """Windows run at once: `BATCH_WINDOWS`, or as many as keep a batch's logits within `BATCH_LOGITS`."""
         vocabulary = self.model.config.get_text_config().vocab_size
-        return max(1, min(4, BATCH_LOGITS // (self.window * vocabulary)))
+        kind = "cuda" if self.device.type == "cuda" else "cpu"
+        return max(1, min(BATCH_WINDOWS[kind], BATCH_LOGITS[kind] // (self.window * vocabulary)))
 
     def layers_of(self, block: int) -> list[Layer]:
         return [layer for layer in self.layers if layer.block == block]
@@ -240,7 +243,7 @@ def check_weights(ref: ModelRef, missing: list[str], mismatched: list[Any]) -> N
 
 def check_finite(model: PreTrainedModel, tensor: Tensor, what: str = "logits") -> None:
     """Raise `ModelError` when a model's logits, or whatever `what` names, hold a NaN or an infinity."""
-    if not torch.isfinite(tensor).all():
+    if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # without a copy of the tensor
         dtype = str(model.dtype).removeprefix("torch.")
         raise ModelError(
             f"the {what} of {model.name_or_path or type(model).__name__} are NaN or infinite in {dtype};"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from compressor.decompose import MAXIMUM_ELEMENTS, Curvature, Decomposition, decompose, squared_error
@@ -16,8 +17,9 @@ from profiler.calibration import InputMoment
 from profiler.layers import Layer, LoadedModel
 from profiler.measurement import GridSettings, Measurement
 
-WEIGHTS_PER_ELEMENT = 16
+WEIGHTS_PER_ELEMENT = 32
 """A weight of the model takes 4 bytes in float32, one being decomposed some 40."""
+BYTES_PER_ELEMENT = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,12 @@ def default_ranks(layers: tuple[Layer, ...]) -> tuple[int, ...]:
 
 
 def elements_in_flight(loaded: LoadedModel) -> int:
-    """Weights to decompose at once, so that their working memory stays below that of the model, which is on disk."""
+    """Weights to decompose at once, so that their working memory stays below that of the model, which is on disk.
+
+    On a GPU, whose loops are only filled by many rows, as many as a third of its memory holds.
+    """
+    if loaded.device.type == "cuda":
+        return torch.cuda.get_device_properties(loaded.device).total_memory // (3 * BYTES_PER_ELEMENT)
     return min(MAXIMUM_ELEMENTS, sum(layer.weights for layer in loaded.layers) // WEIGHTS_PER_ELEMENT)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -130,3 +131,23 @@ def test_problems_of_a_batch_keep_their_own_rank_and_width(
         single = factors_of(residual_OI, hessian_II, rank, bits)
         energies = [output_energy(residual_OI - f.product(), hessian_II) for f in (together, single)]
         assert energies[0] == pytest.approx(energies[1], rel=0.01)
+
+
+@pytest.mark.parametrize("condition", [1e0, 1e4, 1e12, float("inf")])
+def test_directions_are_orthonormal_however_fast_the_energy_falls(
+    normal: MakeTensor, condition: float
+) -> None:
+    """`inf` is a residual of rank one, of which sixteen directions are asked."""
+    energy_I = torch.zeros(96)
+    energy_I[0] = 1
+    if condition != float("inf"):
+        energy_I = torch.logspace(0, -math.log10(condition), 96)
+    residual_POI = torch.linalg.qr(normal(2, 128, 96)).Q * energy_I
+    found_POr = leading_directions(residual_POI, torch.eye(96), 16)
+    gram_Prr = found_POr.mT @ found_POr
+    assert torch.allclose(gram_Prr, torch.eye(16).expand(2, -1, -1), atol=1e-4)
+
+
+def test_a_residual_of_zeros_has_directions_too(normal: MakeTensor) -> None:
+    found_POr = leading_directions(torch.zeros(1, 40, 64), torch.eye(64), 8)
+    assert torch.allclose(found_POr.mT @ found_POr, torch.eye(8)[None], atol=1e-5)
