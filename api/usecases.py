@@ -241,7 +241,7 @@ def curve_points(profile: Profile, pattern: str = "*") -> list[CurvePoint]:
         fit = profile.document.layers[name].fit
         for m in profile.measurements[name]:
             fitted = fit.error(m.option.bits, m.option.rank, m.option.group_size)
-            cost = m.error * profile.sensitivity(name)
+            cost = m.error * profile.price(name, m.option.bits)
             points.append(
                 CurvePoint(name, **asdict(m.option), error=m.error, fitted_error=fitted, kl_nats=cost)
             )
@@ -318,7 +318,40 @@ def verify_plan(
     free = plan.strategy == "optimal" and plan.target is None and not constrained
     loaded = original_of(plan, device, None)
     with TemporaryDirectory(prefix="bitrank-verify-") as folder:
-        return verified(loaded, profile, plan, Path(folder), progress, SWAPS if free else 0)
+        return verified(loaded, profile, [plan], Path(folder), progress, SWAPS if free else 0)[0]
+
+
+def calibrate_profile(
+    path: Path,
+    output: Path,
+    text: Path | None,
+    tokens: int,
+    plans: int,
+    seed: int,
+    progress: Progress,
+    device: str = "cpu",
+) -> Profile:
+    """A copy of the profile whose gains are fitted to random plans, compressed and measured; resumes.
+
+    Measured is on `text`, or on the windows that the profile holds back. Raises `ProfileError`, `CalibrationError`,
+    and `PlanError` when the model's weights are no longer the profile's.
+    """
+    from profiler.calibration import check_windows, text_tokens
+    from profiler.checkpoint import find_model, weights_sha256
+    from profiler.layers import open_model
+    from profiler.profile import load_profile
+    from profiler.recalibration import RecalibrationSettings, recalibrate
+
+    profile = load_profile(path)
+    ref = find_model(profile.document.model.id)
+    if weights_sha256(ref) != profile.document.model.weights_sha256:
+        raise PlanError(f"the weights of {ref.id} are not those of {path}; profile this model again")
+    loaded, settings = open_model(ref, device), RecalibrationSettings(plans=plans, seed=seed)
+    tokens_NT = profile.probe_tokens() if text is None else text_tokens(loaded, text, tokens)
+    check_windows(tokens_NT)
+    made = recalibrate(loaded, profile, tokens_NT, output, settings, progress)
+    remember(made)
+    return made
 
 
 @contextmanager

@@ -64,12 +64,11 @@ def cholesky(hessian_II: Tensor, damping: float) -> Tensor:
     mean = diagonal_I[diagonal_I > 0].mean() if (diagonal_I > 0).any() else diagonal_I.new_ones(())
     diagonal_I[diagonal_I <= 0] = mean
     diagonal_I += damping * mean
-    try:
-        return torch.linalg.cholesky(h_II, out=h_II).float()
-    except torch.linalg.LinAlgError as error:
-        raise SingularHessianError(
-            f"the Hessian is not positive definite ({error}); raise the damping"
-        ) from error
+    failed = torch.zeros((), dtype=torch.int32, device=h_II.device)
+    torch.linalg.cholesky_ex(h_II, out=(h_II, failed))
+    if failed or not torch.isfinite(h_II).all():  # cuSOLVER can report success and return NaN
+        raise SingularHessianError("the Hessian is not positive definite; raise the damping")
+    return h_II.float()
 
 
 def gptq(

@@ -73,17 +73,8 @@ def leading_directions(residual_POI: Tensor, root_II: Tensor, rank: int) -> Tens
         other_PIk = torch.linalg.qr(weighted_POI.mT @ basis_POk).Q
         basis_POk = torch.linalg.qr(weighted_POI @ other_PIk).Q
     small_PkI = basis_POk.mT @ weighted_POI
-    vector_Pkk = _eigenvectors((small_PkI @ small_PkI.mT).double())
-    return (basis_POk.double() @ vector_Pkk[..., :rank]).float()
-
-
-def _eigenvectors(gram_Pkk: Tensor) -> Tensor:
-    """Eigenvectors (P, k, k) in falling order, float64; LAPACK's where cuSOLVER's iteration does not converge."""
-    try:
-        vector_Pkk = torch.linalg.eigh(gram_Pkk)[1]
-    except torch.linalg.LinAlgError:
-        vector_Pkk = torch.linalg.eigh(gram_Pkk.cpu())[1].to(gram_Pkk.device)
-    return vector_Pkk.flip(-1)
+    _, vector_Pkk = torch.linalg.eigh((small_PkI @ small_PkI.mT).double())
+    return (basis_POk.double() @ vector_Pkk.flip(-1)[..., :rank]).float()
 
 
 def factorize(

@@ -22,7 +22,7 @@ from allocator.verification import Verification, verdict
 from profiler.calibration import Progress
 from profiler.layers import LoadedModel
 from profiler.profile import Profile
-from profiler.trial import Trial, measure_trials
+from profiler.trial import measure_trials, trial_of
 
 SWAPS = 4
 """Neighbouring plans measured beside the solver's."""
@@ -31,51 +31,75 @@ RESAMPLES = 2000
 
 
 def verified(
-    loaded: LoadedModel, profile: Profile, plan: Plan, folder: Path, progress: Progress, swaps: int = SWAPS
-) -> Plan:
-    """The plan, or a neighbour that measured better by more than the error, with its `verification`.
+    loaded: LoadedModel,
+    profile: Profile,
+    plans: Sequence[Plan],
+    folder: Path,
+    progress: Progress,
+    swaps: int = SWAPS,
+) -> list[Plan]:
+    """Each plan, or a neighbour that measured better by more than the error, with its `verification`.
 
-    A plan that lost to uniform says so in its verdict. folder: an empty one to work in.
+    A plan that lost to uniform says so in its verdict. All are measured in one pass over the model's blocks. folder:
+    an empty one to work in.
     """
     menu, tokens_NT = profile.menu, profile.probe_tokens()
-    chosen = _choice(menu, plan)
-    price = plan.shadow_price / MIB
-    candidates = [chosen, *neighbours(menu, chosen, plan.budget.bytes, price, swaps)]
-    beside = _uniform_beside(menu, plan.total_bytes)
-    trials = [_trial(menu, choice) for choice in (*candidates, *(choice for _, choice in beside))]
+    contests = [_Contest.of(menu, plan, swaps) for plan in plans]
+    wanted = {choice.tobytes(): choice for contest in contests for choice in contest.choices}
+    trials = [trial_of(menu, choice) for choice in wanted.values()]
     kl_PN = measure_trials(loaded, profile.calibration_tokens(), tokens_NT, trials, folder, progress)
-    best = _best(kl_PN[: len(candidates)])
-    total_bytes = choice_bytes(menu, candidates[best])
-    uniform_points = [(size, kl_N) for (size, _), kl_N in zip(beside, kl_PN[len(candidates) :], strict=True)]
-    found = _against_uniform(kl_PN[best], uniform_points, total_bytes)
-    return with_choice(plan, menu, candidates[best], profile.interval_factors).model_copy(
-        update={
-            "verification": Verification(
-                text="held-back calibration windows",
-                tokens=tokens_NT.numel() - len(tokens_NT),
-                measured_kl=kl_PN[best].mean().item(),
-                standard_error=_standard_error(kl_PN[best]),
-                uniform_kl=found.uniform_kl,
-                difference=found.difference,
-                difference_error=found.error,
-                swaps=len(candidates) - 1,
-                swapped=best != 0,
-                verdict=verdict(found.difference, found.error),
-            )
-        }
-    )
+    measured = dict(zip(wanted, kl_PN, strict=True))
+    return [
+        contest.decided(profile, torch.stack([measured[choice.tobytes()] for choice in contest.choices]))
+        for contest in contests
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Contest:
+    """One plan, what may replace it, and the uniform plans beside it."""
+
+    plan: Plan
+    candidates: list[Integers]
+    uniform: list[tuple[int, Integers]]
+
+    @classmethod
+    def of(cls, menu: Menu, plan: Plan, swaps: int) -> _Contest:
+        chosen, price = _choice(menu, plan), plan.shadow_price / MIB
+        near = neighbours(menu, chosen, plan.budget.bytes, price, swaps)
+        return cls(plan, [chosen, *near], _uniform_beside(menu, plan.total_bytes))
+
+    @property
+    def choices(self) -> list[Integers]:
+        return [*self.candidates, *(choice for _, choice in self.uniform)]
+
+    def decided(self, profile: Profile, kl_PN: Tensor) -> Plan:
+        """The best candidate by the KL of every choice on every window (P, N), with its verification."""
+        menu, count = profile.menu, len(self.candidates)
+        best = _best(kl_PN[:count])
+        points = [(size, kl_N) for (size, _), kl_N in zip(self.uniform, kl_PN[count:], strict=True)]
+        found = _against_uniform(kl_PN[best], points, choice_bytes(menu, self.candidates[best]))
+        tokens = profile.probe_tokens()
+        verification = Verification(
+            text="held-back calibration windows",
+            tokens=tokens.numel() - len(tokens),
+            measured_kl=kl_PN[best].mean().item(),
+            standard_error=_standard_error(kl_PN[best]),
+            uniform_kl=found.uniform_kl,
+            difference=found.difference,
+            difference_error=found.error,
+            swaps=count - 1,
+            swapped=best != 0,
+            verdict=verdict(found.difference, found.error),
+        )
+        made = with_choice(self.plan, menu, self.candidates[best], profile.interval_factors)
+        return made.model_copy(update={"verification": verification})
 
 
 def _choice(menu: Menu, plan: Plan) -> Integers:
     from numpy import array, int64
 
     return array([layer.options.index(plan.layers[layer.name].option) for layer in menu.layers], dtype=int64)
-
-
-def _trial(menu: Menu, choice: Integers) -> Trial:
-    return {
-        layer.name: layer.options[index] for layer, index in zip(menu.layers, choice.tolist(), strict=True)
-    }
 
 
 def _uniform_beside(menu: Menu, total_bytes: int) -> list[tuple[int, Integers]]:

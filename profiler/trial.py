@@ -14,17 +14,27 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from allocator.atomic import write_atomically
+from allocator.problem import Integers, Menu
 from allocator.storage import KEEP_BITS, Option
 from compressor.decompose import Curvature, decompose
 from compressor.linear import CompressedLinear, layer_tensors
 from compressor.worker import BlockWork
 from profiler.calibration import Progress
-from profiler.evaluation import compare, stored_logits
+from profiler.evaluation import BATCH, compare, stored_logits
 from profiler.layers import Layer, LoadedModel
 from profiler.stream import block_works
 
 Trial = Mapping[str, Option]
 """The option of every layer, by name."""
+BATCH_ON_CUDA = 16
+"""Windows that a trial runs at once on a GPU: every layer is unpacked once for each batch."""
+
+
+def trial_of(menu: Menu, choice: Integers) -> Trial:
+    """The options that `choice` (G,) takes."""
+    return {
+        layer.name: layer.options[index] for layer, index in zip(menu.layers, choice.tolist(), strict=True)
+    }
 
 
 @torch.no_grad()
@@ -39,17 +49,24 @@ def measure_trials(
     """KL (trials, N), float64, nats/token, of every trial on every window of `tokens_NT` (N, T).
 
     calibration_NT: the windows whose Hessians the layers are compressed under. folder: an empty one for packed
-    layers, activations and logits.
+    layers, activations and logits. What an interrupted run of the same trials left there is not done again.
     """
     wanted = {layer.name: sorted({trial[layer.name] for trial in trials}) for layer in loaded.layers}
     for block in block_works(loaded, calibration_NT, folder):
         _carry_out(block, wanted, folder)
         progress("compressing trials", block.index + 1, len(loaded.block_names))
     reference = stored_logits(loaded.model, tokens_NT, folder / "reference_logits.f32")
+    batch = BATCH_ON_CUDA if loaded.device.type == "cuda" else BATCH
     rows = []
     for index, trial in enumerate(trials):
-        with loaded.replacing(lambda layer, trial=trial: _weight(loaded, layer, trial[layer.name], folder)):
-            rows.append(compare(loaded.model, reference, tokens_NT)[:, 0])
+        row = folder / f"{index}.kl.safetensors"
+        if not row.exists():
+            with loaded.replacing(
+                lambda layer, trial=trial: _weight(loaded, layer, trial[layer.name], folder)
+            ):
+                found_N5 = compare(loaded.model, reference, tokens_NT, batch=batch)
+            write_atomically(row, save({"kl_N": found_N5[:, 0].contiguous()}))
+        rows.append(load_file(row)["kl_N"])
         progress("measuring trials", index + 1, len(trials))
     return torch.stack(rows)
 
@@ -57,7 +74,11 @@ def measure_trials(
 def _carry_out(block: BlockWork, wanted: Mapping[str, list[Option]], folder: Path) -> None:
     curvatures: dict[int, Curvature] = {}
     for work in block.layers():
-        options = [option for option in wanted[work.name] if option.bits != KEEP_BITS]
+        options = [
+            option
+            for option in wanted[work.name]
+            if option.bits != KEEP_BITS and not _file(folder, work.name, option).exists()
+        ]
         if not options:
             continue
         key = id(work.hessian_II)

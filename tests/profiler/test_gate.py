@@ -70,7 +70,7 @@ def test_the_gate_keeps_the_budget_and_tells_what_it_measured(
     profile: Profile, opened: LoadedModel, tmp_path: Path
 ) -> None:
     plan = plan_budget(profile, halfway(profile))
-    found = verified(opened, profile, plan, tmp_path, silent)
+    (found,) = verified(opened, profile, [plan], tmp_path, silent)
     assert found.total_bytes <= plan.budget.bytes
     assert found.total_bytes == sum(found.kept.values()) + found.compressible_bytes
     verification = found.verification
@@ -89,7 +89,7 @@ def test_a_plan_that_loses_to_uniform_says_so(profile: Profile, opened: LoadedMo
     plan = with_choice(
         plan_budget(profile, halfway(profile)), menu, manual(menu, options), profile.interval_factors
     )
-    found = verified(opened, profile, plan, tmp_path, silent, swaps=0).verification
+    found = verified(opened, profile, [plan], tmp_path, silent, swaps=0)[0].verification
     assert found is not None and found.verdict == "worse"
     assert found.swaps == 0 and not found.swapped
 
@@ -98,6 +98,21 @@ def test_without_a_uniform_plan_on_either_side_there_is_nothing_to_compare(
     profile: Profile, opened: LoadedModel, tmp_path: Path
 ) -> None:
     plan = plan_budget(profile, f"{profile.menu.original_bytes}B")
-    found = verified(opened, profile, plan, tmp_path, silent, swaps=0).verification
+    found = verified(opened, profile, [plan], tmp_path, silent, swaps=0)[0].verification
     assert found is not None
     assert found.verdict == "nothing to compare" and found.uniform_kl is None
+
+
+def test_plans_verified_together_say_what_each_says_alone(
+    profile: Profile, opened: LoadedModel, tmp_path: Path
+) -> None:
+    plans = [plan_budget(profile, budget) for budget in ("3.1bpw", "4.2bpw")]
+    together = verified(opened, profile, plans, fresh(tmp_path / "together"), silent)
+    alone = [verified(opened, profile, [p], fresh(tmp_path / p.budget.text), silent)[0] for p in plans]
+    assert [p.layers for p in together] == [p.layers for p in alone]
+    assert [p.verification for p in together] == [p.verification for p in alone]
+
+
+def fresh(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
