@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -124,6 +124,19 @@ def choice_cost(menu: Menu, choice: Integers) -> float:
 def optimal(menu: Menu, total_bytes: int) -> Integers:
     """The choice of the exact solver. Raises `InfeasibleError`."""
     return solve(menu.problem(total_bytes)).choice
+
+
+def disturbed(menu: Menu, total_bytes: int, seed: int, spread: float = 1.0) -> Integers:
+    """The choice of least cost once every layer's costs are multiplied by a random factor, e^(spread·N(0, 1)).
+
+    Seeds give different plans of about the same bytes, none of them absurd: what a prediction is tried on. Raises
+    `InfeasibleError`.
+    """
+    factor_G = np.exp(spread * np.random.default_rng(seed).standard_normal(len(menu.layers)))
+    layers = [
+        replace(layer, cost=layer.cost * factor) for layer, factor in zip(menu.layers, factor_G, strict=True)
+    ]
+    return optimal(Menu(tuple(layers), menu.kept), total_bytes)
 
 
 def uniform(menu: Menu, bits: int, rank: int = 0, group_size: int = 64) -> Integers:

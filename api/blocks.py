@@ -52,7 +52,7 @@ def predicted_losses(profile: Profile) -> FidelityAnswer:
     total: dict[int, float] = {}
     for name, record in profile.document.layers.items():
         error = next(m.error for m in profile.measurements[name] if m.option == option)
-        total[record.block] = total.get(record.block, 0.0) + error * profile.sensitivity(name)
+        total[record.block] = total.get(record.block, 0.0) + error * profile.price(name, option.bits)
     low, high = profile.interval_factors
     return FidelityAnswer(
         profile=profile.sha256,

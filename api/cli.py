@@ -10,6 +10,7 @@ import json
 import signal
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -173,6 +174,47 @@ def profile(
         return _print_json(summary)
     print(f"{summary['layers']} layers, {summary['measurements']} measured options in {made.path}")
     print(f"next: bitrank plan {made.path} --budget 3.25bpw")
+
+
+@app.command()
+def calibrate(
+    profile: ProfileDirectory,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Profile directory to write.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="UTF-8 text to measure on, like what the model will read; held-back windows if absent."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of that text.")] = 32_768,
+    plans: Annotated[int, typer.Option(help="Random plans to measure.")] = 40,
+    seed: Annotated[int, typer.Option(help="Seed of the plans.")] = 0,
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Measure random plans of a profile and fit its predictions to them."""
+    from api.usecases import calibrate_profile
+
+    made = calibrate_profile(profile, output, text, tokens, plans, seed, progress(), device)
+    found, gain = made.document.agreement, made.document.gain
+    assert found is not None
+    if json_output:
+        summary = {"profile": str(made.path), "sha256": made.sha256, "plans": len(made.document.plans)}
+        return _print_json(summary | {"gain": asdict(gain), "agreement": found.model_dump()})
+    print(f"{len(made.document.plans)} plans measured; each predicted from the others, in {made.path}:")
+    _print_table(
+        ("rank correlation", "pairs misordered", "median error", "before", "interval", "inside it"),
+        [
+            (
+                f"{found.spearman:.3f}",
+                f"{found.misordered:.1%}",
+                f"{found.median_log_ratio:.1%}",
+                f"{found.median_log_ratio_before:.1%}",
+                f"×{gain.low / gain.mean:.2f} … ×{gain.high / gain.mean:.2f}",
+                f"{found.coverage:.0%}",
+            )
+        ],
+    )
 
 
 @app.command()
@@ -391,8 +433,6 @@ def _numbers(text: str, option: str, allowed: set[int] | None = None) -> tuple[i
 
 
 def _dicts(records: Iterable[Any]) -> list[dict[str, Any]]:
-    from dataclasses import asdict
-
     return [asdict(record) for record in records]
 
 

@@ -73,7 +73,7 @@ def _predicted(profile: Profile, name: str, bits: float, rank: int) -> Predicted
         group_size=GROUP_SIZE,
         error=error,
         interval=Interval(low=error / fit.worst_ratio, high=error * fit.worst_ratio),
-        kl_nats=error * profile.sensitivity(name),
+        kl_nats=error * profile.price(name, bits),
     )
 
 
@@ -81,10 +81,10 @@ def curve_rows(profile: Profile, curves: Sequence[LayerCurve]) -> list[tuple[Any
     """One row of `COLUMNS` per measured and predicted point; a measured point is its own interval."""
     rows: list[tuple[Any, ...]] = []
     for curve in curves:
-        price = profile.sensitivity(curve.layer)
         for m in curve.measured:
             option = (float(m.bits), m.rank, m.group_size, m.factor_bits)
-            rows.append((curve.layer, "measured", *option, m.error, m.error, m.error, m.error * price))
+            kl_nats = m.error * profile.price(curve.layer, m.bits)
+            rows.append((curve.layer, "measured", *option, m.error, m.error, m.error, kl_nats))
         for p in curve.predicted:
             option = (p.bits, int(p.rank), p.group_size, 0)
             interval = (p.interval.low, p.interval.high)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from scipy.stats import t as student
 
@@ -29,11 +29,15 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """Measured over predicted KL: the geometric mean over probes, and its prediction interval's end points."""
+    """Measured over predicted KL: the geometric mean over what was measured, and its prediction interval's end points.
+
+    classes: the gains of `class_gains.option_class`, over `mean`; a class that is missing has 1.
+    """
 
     mean: float
     low: float
     high: float
+    classes: dict[str, float] = field(default_factory=dict)
 
 
 def calibrate(probes: Sequence[Probe]) -> Gain:

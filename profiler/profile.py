@@ -28,6 +28,7 @@ from allocator.plan import PlanModel
 from allocator.planner import Planner
 from allocator.problem import LayerMenu, Menu
 from allocator.storage import KEEP, Option, layer_bytes
+from profiler.class_gains import option_class
 from profiler.error_model import ErrorModel
 from profiler.gain import Gain, Probe
 from profiler.measurement import GridSettings, Measurement
@@ -70,8 +71,31 @@ class LayerRecord(Frozen):
     fit: ErrorModel
 
 
+class MeasuredPlan(Frozen):
+    """A whole plan that was measured: `predicted_kl` before any gain, both in nats/token."""
+
+    total_bytes: int
+    predicted_kl: float
+    measured_kl: float
+    standard_error: float
+
+
+class Agreement(Frozen):
+    """How the measured plans agree with predictions in which they had no part.
+
+    median_log_ratio is of |log(predicted / measured)|, `before` under the gain of the uniform probes; misordered is
+    the share of pairs of plans whose order is predicted wrongly; coverage, that of plans inside the interval.
+    """
+
+    spearman: float
+    misordered: float
+    median_log_ratio: float
+    median_log_ratio_before: float
+    coverage: float
+
+
 class ProfileDocument(Frozen):
-    """profile.json."""
+    """profile.json. `plans` and their `agreement` are there once `bitrank calibrate` measured some."""
 
     schema_version: int
     model: PlanModel
@@ -86,6 +110,8 @@ class ProfileDocument(Frozen):
     kept: dict[str, int]
     probes: tuple[Probe, ...]
     gain: Gain
+    plans: tuple[MeasuredPlan, ...] = ()
+    agreement: Agreement | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +142,7 @@ class Profile:
                     options,
                     total_bytes,
                     error,
-                    error * self.sensitivity(name),
+                    error * np.array([self.price(name, o.bits) for o in options]),
                 )
             )
         return Menu(tuple(layers), self.document.kept)
@@ -128,6 +154,11 @@ class Profile:
     def sensitivity(self, name: str) -> float:
         """Nats of KL per token that a unit of a layer's error costs, calibrated by the probes."""
         return self.document.layers[name].sensitivity * self.document.gain.mean
+
+    def price(self, name: str, bits: float) -> float:
+        """`sensitivity`, with the gain of the layer's class at these bits."""
+        of_class = option_class(self.document.layers[name].projection, bits)
+        return self.sensitivity(name) * self.document.gain.classes.get(of_class, 1.0)
 
     @property
     def interval_factors(self) -> tuple[float, float]:

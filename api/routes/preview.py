@@ -70,17 +70,20 @@ def _probes(service: Service, profile_id: str) -> list[MeasuredKl]:
     from api.usecases import plan_budget
 
     profile = service.profiles.load(profile_id)
-    gain = profile.document.gain.mean
+    uniform = [
+        (probe, plan_budget(profile, None, f"uniform:{probe.option.bits}"))
+        for probe in profile.document.probes
+    ]
     return [
         MeasuredKl(
             label=f"{probe.option.bits} bits",
             text="calibration windows held back",
             plan=None,
-            total_bytes=plan_budget(profile, None, f"uniform:{probe.option.bits}").total_bytes,
-            predicted_kl=probe.predicted_kl * gain,
+            total_bytes=plan.total_bytes,
+            predicted_kl=plan.predicted_kl,
             kl_nats=probe.measured_kl,
         )
-        for probe in profile.document.probes
+        for probe, plan in uniform
     ]
 
 

@@ -20,9 +20,11 @@ from allocator.strategies import (
     choice_bytes,
     choice_cost,
     choose,
+    disturbed,
     energy,
     interpolated_uniform_cost,
     manual,
+    optimal,
     parse_strategy,
     policy,
     progressive,
@@ -207,3 +209,19 @@ def test_interpolation_is_linear_in_bytes_and_log_cost():
 def test_interpolation_never_extrapolates(points, at):
     with pytest.raises(StrategyError):
         interpolated_uniform_cost(points, at)
+
+
+@pytest.mark.parametrize("bits", [2.5, 3.5])
+def test_disturbed_plans_use_the_budget_and_differ_by_seed(bits: float) -> None:
+    menu = block_menu()
+    total_bytes = menu.kept_bytes + int(bits * menu.compressible_weights / 8)
+    choices = [disturbed(menu, total_bytes, seed) for seed in range(8)]
+    assert all(choice_bytes(menu, choice) <= total_bytes for choice in choices)
+    assert len({tuple(choice) for choice in choices}) > 4
+    assert np.array_equal(choices[3], disturbed(menu, total_bytes, 3))
+
+
+def test_undisturbed_a_disturbed_plan_is_the_optimum() -> None:
+    menu = block_menu()
+    total_bytes = menu.kept_bytes + 3 * menu.compressible_weights // 8
+    assert np.array_equal(disturbed(menu, total_bytes, 0, spread=0.0), optimal(menu, total_bytes))

@@ -1,0 +1,149 @@
+"""Profiling a model of random weights on a GPU: time of every stage, peak memory, and the floor beside them.
+
+`python -m benchmarks.sweep_cuda llama-3-8b|qwen2-1.5b [--blocks N]` writes a checkpoint of that shape into a temporary
+folder and profiles its blocks with the default grid. The floor of the sweep is its operations at the rate of a large
+product: GPTQ's I²·O for every option and round, and as much again, twice, for every error measured; and its bytes,
+every weight read once for each option. The finishing stage (probes and studies) is not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
+
+import compressor.decompose as decompose
+from api.cli import peak_memory_bytes
+from api.progress import progress
+from profiler.checkpoint import find_model
+from profiler.run import DEFAULT_TOKENS, ProfileSettings, begin_profile, open_run, prepare, sweep_block
+
+GIB = 2**30
+
+
+def config_of(shape: str, blocks: int | None) -> PretrainedConfig:
+    if shape == "llama-3-8b":
+        return LlamaConfig(
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=blocks or 32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            rope_theta=500000.0,
+        )
+    return Qwen2Config(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=blocks or 28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+
+
+def write_random_model(config: PretrainedConfig, folder: Path) -> None:
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+
+
+def timed(name: str, seconds: Counter[str]) -> None:
+    """Time a function of `compressor.decompose` in place."""
+    inner: Callable[..., Any] = getattr(decompose, name)
+
+    def outer(*arguments: Any, **keywords: Any) -> Any:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        found = inner(*arguments, **keywords)
+        torch.cuda.synchronize()
+        seconds[name] += time.perf_counter() - started
+        return found
+
+    setattr(decompose, name, outer)
+
+
+def product_rate(tf32: bool) -> float:
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    a, b = (torch.randn(8192, 8192, device="cuda") for _ in range(2))
+    a @ b
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(5):
+        a @ b
+    torch.cuda.synchronize()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return 5 * 2 * 8192**3 / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("shape", choices=("llama-3-8b", "qwen2-1.5b"))
+    parser.add_argument("--blocks", type=int, help="fewer blocks than the model has")
+    parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS)
+    parser.add_argument("--inside", action="store_true", help="time GPTQ, factors and errors apart; slower")
+    arguments = parser.parse_args()
+    config = config_of(arguments.shape, arguments.blocks)
+    with tempfile.TemporaryDirectory() as name:
+        profile(config, Path(name), arguments)
+
+
+def profile(config: PretrainedConfig, folder: Path, arguments: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    write_random_model(config, folder / "model")
+    torch.cuda.empty_cache()
+    print(f"{torch.cuda.get_device_name()}: {arguments.shape}, {config.num_hidden_layers} blocks", flush=True)
+    print(f"  writing random weights {time.perf_counter() - started:8.1f} s", flush=True)
+    report, settings = progress(), ProfileSettings(tokens=arguments.tokens, device="cuda")
+    started = time.perf_counter()
+    run = open_run(find_model(str(folder / "model")), folder / "profile", settings)
+    print(f"  opening, digest        {time.perf_counter() - started:8.1f} s", flush=True)
+    windows = arguments.tokens // run.loaded.window
+    tokens_NT = torch.randint(config.vocab_size, (windows, run.loaded.window))
+    save_file({"tokens": tokens_NT}, prepare(run.output, run.request) / "sampled.safetensors")
+    torch.cuda.reset_peak_memory_stats()
+    begin_profile(run, report)
+    print(f"  gradients              {report.seconds['gradients']:8.1f} s", flush=True)
+    print(f"  peak on the card       {torch.cuda.max_memory_allocated() / GIB:8.1f} GiB", flush=True)
+    torch.cuda.reset_peak_memory_stats()
+    seconds: Counter[str] = Counter()
+    if arguments.inside:
+        for inner in ("_quantized_of", "_factors_of", "row_errors"):
+            timed(inner, seconds)
+    started = time.perf_counter()
+    for index in range(run.block_count):
+        sweep_block(run, index, report)
+    torch.cuda.synchronize()
+    sweep = time.perf_counter() - started
+    weights = sum(layer.weights for layer in run.loaded.layers)
+    options = sum(len(run.grid.options(layer)) for layer in run.loaded.layers)
+    read = sum(len(run.grid.options(layer)) * layer.weights * 4 for layer in run.loaded.layers)
+    print(
+        f"  sweep                  {sweep:8.1f} s: {options} options of {weights / 1e9:.2f} G weights",
+        flush=True,
+    )
+    for inner, spent in seconds.items():
+        print(f"    {inner:21} {spent:8.1f} s")
+    print(f"  peak on the card       {torch.cuda.max_memory_allocated() / GIB:8.1f} GiB")
+    print(f"  peak of the process    {peak_memory_bytes() / GIB:8.1f} GiB")
+    rates = {kind: product_rate(kind == "TF32") for kind in ("float32", "TF32")}
+    once = sum(
+        len(run.grid.options(layer)) * 3 * layer.rows * layer.columns**2 for layer in run.loaded.layers
+    )
+    for kind, rate in rates.items():
+        print(f"  floor at {kind:14} {once / rate:8.1f} s: every option rounded and measured once")
+    print(f"  floor of bytes         {read / 3e12:8.1f} s: every option's weights read once at 3 TB/s")
+
+
+if __name__ == "__main__":
+    main()
