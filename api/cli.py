@@ -135,6 +135,10 @@ def profile(
     factor_bits: Annotated[
         str, typer.Option(help="Bits of low-rank factors to measure; vLLM serves 16.")
     ] = "4",
+    adaptive: Annotated[
+        bool,
+        typer.Option(help="Measure five options of a layer, predict the others; measure them where unsure."),
+    ] = False,
     device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
@@ -155,16 +159,20 @@ def profile(
         if rank_group_sizes is None
         else _numbers(rank_group_sizes, "--rank-group-sizes", {32, 64, 128}),
         factor_bits=_numbers(factor_bits, "--factor-bits", {4, 8, 16}),
+        adaptive=adaptive,
     )
     report = progress()
     made = profile_model(model, output, settings, report)
     document = made.document
+    known = [m for measurements in made.measurements.values() for m in measurements]
+    predicted = sum(m.half_width > 0 for m in known)
     summary = {
         "profile": str(made.path),
         "sha256": made.sha256,
         "model": document.model.model_dump(),
         "layers": len(document.layers),
-        "measurements": sum(len(m) for m in made.measurements.values()),
+        "measurements": len(known) - predicted,
+        "predictions": predicted,
         "worst_r_squared": min(record.fit.r_squared for record in document.layers.values()),
         "gain": document.gain.mean,
         "seconds": report.seconds,
@@ -172,7 +180,8 @@ def profile(
     }
     if json_output:
         return _print_json(summary)
-    print(f"{summary['layers']} layers, {summary['measurements']} measured options in {made.path}")
+    counts = f"{len(known) - predicted} measured options" + (f", {predicted} predicted" if predicted else "")
+    print(f"{summary['layers']} layers, {counts} in {made.path}")
     print(f"next: bitrank plan {made.path} --budget 3.25bpw")
 
 

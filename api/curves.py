@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from io import BytesIO, StringIO
+from math import exp
 from typing import TYPE_CHECKING, Any
 
 from api.problems import ProblemError
@@ -59,20 +60,28 @@ def _curve(profile: Profile, name: str, bits: Sequence[float], ranks: Sequence[i
         block=record.block,
         projection=record.projection,
         fit=CurveFit(**{k: v for k, v in asdict(record.fit).items() if k in CurveFit.model_fields}),
-        measured=[MeasuredError(**asdict(m.option), error=m.error) for m in profile.measurements[name]],
+        measured=[
+            MeasuredError(**asdict(m.option), error=m.error)
+            for m in profile.measurements[name]
+            if not m.half_width
+        ],
         predicted=[_predicted(profile, name, b, r) for r in ranks for b in bits],
     )
 
 
 def _predicted(profile: Profile, name: str, bits: float, rank: int) -> PredictedError:
+    """By the closed form where the profile has it for this option, by the smooth fit elsewhere."""
     fit = profile.document.layers[name].fit
-    error = fit.error(bits, rank, GROUP_SIZE)
+    error, ratio = fit.error(bits, rank, GROUP_SIZE), fit.worst_ratio
+    for m in profile.measurements[name]:
+        if m.half_width and (m.option.bits, m.option.rank, m.option.group_size) == (bits, rank, GROUP_SIZE):
+            error, ratio = m.error, exp(m.half_width)
     return PredictedError(
         bits=bits,
         rank=rank,
         group_size=GROUP_SIZE,
         error=error,
-        interval=Interval(low=error / fit.worst_ratio, high=error * fit.worst_ratio),
+        interval=Interval(low=error / ratio, high=error * ratio),
         kl_nats=error * profile.price(name, bits),
     )
 

@@ -162,7 +162,8 @@ def block_fidelity(losses: FidelityAnswer) -> list[page.BlockFidelity]:
 
 
 def error_curve(profile: Profile, name: str) -> page.ErrorCurve:
-    record, measured = profile.document.layers[name], profile.measurements[name]
+    record = profile.document.layers[name]
+    measured = [m for m in profile.measurements[name] if not m.half_width]
     fit = record.fit
     ranks = sorted({m.option.rank for m in measured})
     return page.ErrorCurve(

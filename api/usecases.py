@@ -239,7 +239,7 @@ def curve_points(profile: Profile, pattern: str = "*") -> list[CurvePoint]:
     points = []
     for name in names:
         fit = profile.document.layers[name].fit
-        for m in profile.measurements[name]:
+        for m in (m for m in profile.measurements[name] if not m.half_width):
             fitted = fit.error(m.option.bits, m.option.rank, m.option.group_size)
             cost = m.error * profile.price(name, m.option.bits)
             points.append(

@@ -24,7 +24,15 @@ import compressor.decompose as decompose
 from api.cli import peak_memory_bytes
 from api.progress import progress
 from profiler.checkpoint import find_model
-from profiler.run import DEFAULT_TOKENS, ProfileSettings, begin_profile, open_run, prepare, sweep_block
+from profiler.run import (
+    DEFAULT_TOKENS,
+    ProfileSettings,
+    begin_profile,
+    open_run,
+    prepare,
+    read_sweep,
+    sweep_block,
+)
 
 GIB = 2**30
 
@@ -92,6 +100,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="fewer blocks than the model has")
     parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS)
     parser.add_argument("--inside", action="store_true", help="time GPTQ, factors and errors apart; slower")
+    parser.add_argument("--adaptive", action="store_true", help="as `bitrank profile --adaptive`")
     arguments = parser.parse_args()
     config = config_of(arguments.shape, arguments.blocks)
     with tempfile.TemporaryDirectory() as name:
@@ -104,7 +113,10 @@ def profile(config: PretrainedConfig, folder: Path, arguments: argparse.Namespac
     torch.cuda.empty_cache()
     print(f"{torch.cuda.get_device_name()}: {arguments.shape}, {config.num_hidden_layers} blocks", flush=True)
     print(f"  writing random weights {time.perf_counter() - started:8.1f} s", flush=True)
-    report, settings = progress(), ProfileSettings(tokens=arguments.tokens, device="cuda")
+    report, settings = (
+        progress(),
+        ProfileSettings(tokens=arguments.tokens, device="cuda", adaptive=arguments.adaptive),
+    )
     started = time.perf_counter()
     run = open_run(find_model(str(folder / "model")), folder / "profile", settings)
     print(f"  opening, digest        {time.perf_counter() - started:8.1f} s", flush=True)
@@ -126,7 +138,8 @@ def profile(config: PretrainedConfig, folder: Path, arguments: argparse.Namespac
     torch.cuda.synchronize()
     sweep = time.perf_counter() - started
     weights = sum(layer.weights for layer in run.loaded.layers)
-    options = sum(len(run.grid.options(layer)) for layer in run.loaded.layers)
+    sweeps = [read_sweep(run.layer_file(layer), layer) for layer in run.loaded.layers]
+    options = sum(not m.half_width for swept in sweeps for m in swept.measurements)
     read = sum(len(run.grid.options(layer)) * layer.weights * 4 for layer in run.loaded.layers)
     print(
         f"  sweep                  {sweep:8.1f} s: {options} options of {weights / 1e9:.2f} G weights",

@@ -41,7 +41,11 @@ class GridSettings:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """error: relative squared output error tr(ΔW H ΔWᵀ)/tr(W H Wᵀ)."""
+    """error: relative squared output error tr(ΔW H ΔWᵀ)/tr(W H Wᵀ); half_width: that of the 90 % interval of its log.
+
+    What was truly measured has no half width; what the sweep predicted in its stead has.
+    """
 
     option: Option
     error: float
+    half_width: float = 0.0

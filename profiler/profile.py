@@ -3,7 +3,7 @@
 What lives here: the files of a profile directory, and reading one as a `Menu`. Making one is in `run.py`.
 
     profile.json           schema version, digests, settings, versions, layers with sensitivity and fit, probes, gain
-    measurements.parquet   one row per layer and option: the relative squared output error
+    measurements.parquet   one row per layer and option: the relative squared output error, its interval if predicted
     calibration.safetensors  the token windows, so that a plan is carried out on what it was measured on
     .work/                 while unfinished: statistics and finished layers
 """
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA_VERSION = 1
-COLUMNS = ("layer", "bits", "rank", "group_size", "factor_bits", "error")
+COLUMNS = ("layer", "bits", "rank", "group_size", "factor_bits", "error", "half_width")
 
 
 class ProfileError(BitrankError):
@@ -69,6 +69,7 @@ class LayerRecord(Frozen):
     sensitivity: float
     tokens: int
     fit: ErrorModel
+    leave_one_out: float | None = None
 
 
 class MeasuredPlan(Frozen):
@@ -125,7 +126,7 @@ class Profile:
 
     @cached_property
     def menu(self) -> Menu:
-        """Every measured option and keeping the layer, with calibrated costs (nats/token)."""
+        """Every option measured or predicted and keeping the layer, with calibrated costs (nats/token)."""
         layers = []
         for name, record in self.document.layers.items():
             measured = self.measurements[name]
@@ -208,9 +209,9 @@ def load_profile(path: Path) -> Profile:
         reason = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
         raise ProfileError(f"{path} is damaged ({reason}); profile the model again") from error
     measurements: dict[str, list[Measurement]] = {}
-    for layer, bits, rank, group_size, factor_bits, error in zip(*(rows[c] for c in COLUMNS), strict=True):
-        option = Option(bits, rank, group_size, factor_bits)
-        measurements.setdefault(layer, []).append(Measurement(option, error))
+    rows.setdefault("half_width", [0.0] * len(rows["layer"]))
+    for layer, *option, error, half_width in zip(*(rows[c] for c in COLUMNS), strict=True):
+        measurements.setdefault(layer, []).append(Measurement(Option(*option), error, half_width))
     return Profile(
         path, hashlib.sha256(data).hexdigest(), document, {k: tuple(v) for k, v in measurements.items()}
     )

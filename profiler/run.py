@@ -71,7 +71,8 @@ PROBE_SHARE = 5
 @dataclass(frozen=True, slots=True)
 class ProfileSettings:
     """How to profile. `calibration` None samples text from the model itself; ranks None picks them by width;
-    rank_group_sizes None measures ranks at group 64 alone (at all three, the sweep takes about three times as long)."""
+    rank_group_sizes None measures ranks at group 64 alone (at all three, the sweep takes about three times as long);
+    adaptive measures a few options of every layer and predicts those that it can (`closed_form.py`)."""
 
     calibration: Path | None = None
     tokens: int = DEFAULT_TOKENS
@@ -83,6 +84,7 @@ class ProfileSettings:
     rank_group_sizes: tuple[int, ...] | None = None
     factor_bits: tuple[int, ...] = FACTOR_BITS
     rounds: int = ROUNDS
+    adaptive: bool = False
 
 
 def build_profile(ref: ModelRef, output: Path, settings: ProfileSettings, progress: Progress) -> Profile:
@@ -204,11 +206,13 @@ def sweep_block(run: ProfileRun, index: int, progress: Progress) -> list[str]:
     run.report_sweep(progress)
     if run.is_swept(run.loaded.layers_of(index)):
         return measured
-    keep = keeper(run.work / "probes")
+    keep, settings = keeper(run.work / "probes"), run.settings
     for moment in input_moments(run.loaded, index, run.calls, run.inputs[index]):
         if run.is_swept(moment.layers):
             continue
-        for sweep in sweep_moment(run.loaded, moment, run.moments, run.grid, keep, run.settings.rounds):
+        for sweep in sweep_moment(
+            run.loaded, moment, run.moments, run.grid, keep, settings.rounds, settings.adaptive
+        ):
             write_atomically(run.layer_file(sweep.layer), json.dumps(asdict(sweep)).encode())
             measured.append(sweep.layer.name)
             run.report_sweep(progress)
@@ -278,6 +282,7 @@ def describe(settings: ProfileSettings) -> dict[str, Any]:
         "tokens": settings.tokens,
         "seed": settings.seed,
         "rounds": settings.rounds,
+        "adaptive": settings.adaptive,
     }
 
 
@@ -386,15 +391,27 @@ def gradient_statistics(
 
 def read_sweep(file: Path, layer: Layer) -> LayerSweep:
     document = json.loads(file.read_text())
-    measurements = tuple(Measurement(Option(**m["option"]), m["error"]) for m in document["measurements"])
-    return LayerSweep(layer, measurements, document["signal"], document["sensitivity"], document["tokens"])
+    measurements = tuple(
+        Measurement(Option(**m["option"]), m["error"], m["half_width"]) for m in document["measurements"]
+    )
+    return LayerSweep(
+        layer,
+        measurements,
+        document["signal"],
+        document["sensitivity"],
+        document["tokens"],
+        document["leave_one_out"],
+    )
 
 
 def probe(
     loaded: LoadedModel, tokens_NT: Tensor, sweeps: Sequence[LayerSweep], work: Path, progress: Progress
 ) -> list[Probe]:
     """The probes whose option every layer was measured at."""
-    costs = [{m.option: m.error * sweep.sensitivity for m in sweep.measurements} for sweep in sweeps]
+    costs = [
+        {m.option: m.error * sweep.sensitivity for m in sweep.measurements if not m.half_width}
+        for sweep in sweeps
+    ]
     predicted = {o: sum(c[o] for c in costs) for o in PROBES if all(o in c for c in costs)}
     return measure_probes(loaded, tokens_NT, predicted, work / "probes", progress) if predicted else []
 
@@ -411,6 +428,7 @@ def layer_record(sweep: LayerSweep, bytes_per_weight: int) -> LayerRecord:
         sensitivity=sweep.sensitivity,
         tokens=sweep.tokens,
         fit=fit_error_model(sweep.measurements, min(layer.rows, layer.columns)),
+        leave_one_out=sweep.leave_one_out,
     )
 
 
@@ -423,6 +441,7 @@ def measurements_table(sweeps: Sequence[LayerSweep]) -> bytes:
             m.option.group_size,
             m.option.factor_bits,
             m.error,
+            m.half_width,
         )
         for s in sweeps
         for m in s.measurements
