@@ -44,6 +44,8 @@ MODEL_HELP = "'demo', a model directory or a hub id."
 class Interrupted(BaseException):
     """Ctrl-C, under a name that typer does not take for its own."""
 
+    happened = False
+
 
 def main() -> None:
     """Run the command line; every error a user can mend becomes one line on stderr and an exit code."""
@@ -66,12 +68,21 @@ def main() -> None:
     except (BitrankError, OSError) as error:
         sys.exit(_complain(error, 1))
     except Interrupted:
-        print("bitrank: interrupted; run the same command again to resume", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_say_interrupted())
+    except Exception:  # compiled code that calls back into Python can put an error of its own in its place
+        if not Interrupted.happened:
+            raise
+        sys.exit(_say_interrupted())
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    Interrupted.happened = True
     raise Interrupted
+
+
+def _say_interrupted() -> int:
+    print("bitrank: interrupted; run the same command again to resume", file=sys.stderr)
+    return 130
 
 
 def _complain(error: Exception, code: int) -> int:

@@ -15,9 +15,10 @@ reaches the output through H just as an error in Q does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -68,38 +69,13 @@ def leading_directions(residual_POI: Tensor, root_II: Tensor, rank: int) -> Tens
     width = min(rank + OVERSAMPLING, rows, columns)
     generator = torch.Generator().manual_seed(0)
     start_Ik = torch.randn(columns, width, generator=generator).to(residual_POI.device)
-    basis_POk = orthonormal(weighted_POI @ start_Ik)
+    basis_POk = torch.linalg.qr(weighted_POI @ start_Ik).Q
     for _ in range(ITERATIONS):
-        other_PIk = orthonormal(weighted_POI.mT @ basis_POk)
-        basis_POk = orthonormal(weighted_POI @ other_PIk)
+        other_PIk = torch.linalg.qr(weighted_POI.mT @ basis_POk).Q
+        basis_POk = torch.linalg.qr(weighted_POI @ other_PIk).Q
     small_PkI = basis_POk.mT @ weighted_POI
     _, vector_Pkk = torch.linalg.eigh((small_PkI @ small_PkI.mT).double())
     return (basis_POk.double() @ vector_Pkk.flip(-1)[..., :rank]).float()
-
-
-def orthonormal(span_POk: Tensor) -> Tensor:
-    """Orthonormal columns of the same span, by Householder's QR; on CUDA, where its thin steps are slow, by Cholesky's.
-
-    Columns that all but depend on each other leave Cholesky's to Householder's.
-    """
-    by_products_POk = cholesky_qr(span_POk) if span_POk.is_cuda else None
-    return torch.linalg.qr(span_POk).Q if by_products_POk is None else by_products_POk
-
-
-def cholesky_qr(span_POk: Tensor) -> Tensor | None:
-    """Cholesky QR in float64, twice (Yamamoto et al., ETNA 44, 2015); None where once was far from enough."""
-    once_POk, _ = _normalized(span_POk.double())
-    twice_POk, gram_Pkk = _normalized(once_POk)
-    identity_kk = torch.eye(gram_Pkk.shape[-1], device=gram_Pkk.device, dtype=gram_Pkk.dtype)
-    return twice_POk.float() if (gram_Pkk - identity_kk).abs().amax() < 0.1 else None
-
-
-def _normalized(span_POk: Tensor) -> tuple[Tensor, Tensor]:
-    """Y L⁻ᵀ, and YᵀY = LLᵀ; NaN where that is not positive definite."""
-    gram_Pkk = span_POk.mT @ span_POk
-    lower_Pkk, failed_P = torch.linalg.cholesky_ex(gram_Pkk)
-    lower_Pkk[failed_P > 0] = torch.nan
-    return torch.linalg.solve_triangular(lower_Pkk, span_POk.mT, upper=False).mT, gram_Pkk
 
 
 def factorize(
@@ -114,42 +90,41 @@ def factorize(
     residual (P, O, I); root from `square_root`, factor from `gptq.inverse_factor`; ranks at most min(O, I).
     """
     direction_POr = leading_directions(residual_POI, root_II, max(ranks))
-    lefts, targets = [], []
-    for residual_OI, direction_Or, rank, bits in zip(
-        residual_POI, direction_POr, ranks, factor_bits, strict=True
-    ):
-        left_rO = _round_left(direction_Or[:, :rank].T, bits)
-        left_Or = dense(left_rO).T
-        gram_rr = left_Or.T @ left_Or
-        lefts.append(left_rO)
-        targets.append(torch.linalg.solve(gram_rr, left_Or.T @ residual_OI))
-    return [
-        Factors(left, right)
-        for left, right in zip(lefts, _round_rights(targets, factor_II, factor_bits), strict=True)
-    ]
+    lefts = _rounded_together(
+        [direction_Or[:, :rank].T for direction_Or, rank in zip(direction_POr, ranks, strict=True)],
+        factor_bits,
+        _round_left,
+    )
+    targets = []
+    for left, residual_OI in zip(lefts, residual_POI, strict=True):
+        left_Or = dense(left).T
+        targets.append(torch.linalg.solve(left_Or.T @ left_Or, left_Or.T @ residual_OI))
+    rights = _rounded_together(targets, factor_bits, partial(_round_right, factor_II))
+    return [Factors(left, right) for left, right in zip(lefts, rights, strict=True)]
 
 
-def _round_left(left_rO: Tensor, bits: int) -> Quantized | Tensor:
+def _round_left(left_RO: Tensor, bits: int) -> Quantized:
     """Nearest rounding: in this basis R H Rᵀ is diagonal, so no column can make good another's error."""
-    if bits == KEEP_BITS:
-        return left_rO.bfloat16()
-    return round_to_nearest(left_rO, bits, FACTOR_GROUP_SIZE)
+    return round_to_nearest(left_RO, bits, FACTOR_GROUP_SIZE)
 
 
-def _round_rights(
-    targets: list[Tensor], factor_II: Tensor, factor_bits: Sequence[int]
+def _round_right(factor_II: Tensor, right_RI: Tensor, bits: int) -> Quantized:
+    return gptq(right_RI[None], factor_II, [bits], [FACTOR_GROUP_SIZE])[0]
+
+
+def _rounded_together(
+    parts: Sequence[Tensor], factor_bits: Sequence[int], round_rows: Callable[[Tensor, int], Quantized]
 ) -> list[Quantized | Tensor]:
-    """GPTQ of every R that is quantized, in one column loop: rows of one width share it, whatever their problem."""
-    rights: list[Quantized | Tensor] = [target.bfloat16() for target in targets]
+    """Every part (r, ·) rounded, all rows of one width at once, whatever their problem; bfloat16 where bits are 16."""
+    rounded: list[Quantized | Tensor] = [part.bfloat16() for part in parts]
     for bits in sorted(set(factor_bits) - {KEEP_BITS}):
         members = [p for p, width in enumerate(factor_bits) if width == bits]
-        stacked = torch.cat([targets[p] for p in members])
-        rounded = gptq(stacked[None], factor_II, [bits], [FACTOR_GROUP_SIZE])[0]
+        whole = round_rows(torch.cat([parts[p] for p in members]), bits)
         first = 0
         for p in members:
-            rows = slice(first, first + len(targets[p]))
+            rows = slice(first, first + len(parts[p]))
             first = rows.stop
-            rights[p] = Quantized(
-                rounded.code_OI[rows], rounded.scale_OG[rows], rounded.zero_OG[rows], bits, FACTOR_GROUP_SIZE
+            rounded[p] = Quantized(
+                whole.code_OI[rows], whole.scale_OG[rows], whole.zero_OG[rows], bits, FACTOR_GROUP_SIZE
             )
-    return rights
+    return rounded

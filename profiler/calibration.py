@@ -48,7 +48,7 @@ def text_tokens(loaded: LoadedModel, path: Path, count: int) -> Tensor:
     """int64 (N, T) windows from a UTF-8 text, spread evenly over it; at most `count` tokens."""
     if loaded.tokenizer is None:
         raise CalibrationError(
-            f"{loaded.ref.id} has no tokenizer, so {path} cannot be read; leave --calibration out"
+            f"{loaded.ref.id} has no tokenizer, so {path} cannot be read; leave the text out"
         )
     try:
         text = path.read_text(encoding="utf-8")

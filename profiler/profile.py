@@ -185,7 +185,7 @@ def load_profile(path: Path) -> Profile:
     """Read a profile directory; raises `ProfileError` when it is missing, unfinished, damaged or newer."""
     file = path / "profile.json"
     if not file.exists():
-        hint = "it is unfinished, run `bitrank profile` again to resume" if (path / ".work").exists() else ""
+        hint = "it is unfinished, run the same command again to resume" if (path / ".work").exists() else ""
         raise ProfileError(
             f"{path} is not a profile directory; {hint or 'give one that `bitrank profile` wrote'}"
         )

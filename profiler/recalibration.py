@@ -20,10 +20,12 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from allocator.atomic import write_atomically
+from allocator.exclusive import LOCK, alone
 from allocator.problem import Integers, Menu
 from allocator.strategies import choice_bytes, disturbed
 from profiler.calibration import Progress, tokens_sha256
 from profiler.class_gains import Floats, fit_class_gains, one_gain, option_class
+from profiler.companion import FidelityDocument, SpectrumDocument
 from profiler.gain import CONFIDENCE, Gain
 from profiler.layers import LoadedModel
 from profiler.profile import Agreement, MeasuredPlan, Profile, ProfileError, load_profile
@@ -32,6 +34,13 @@ from profiler.trial import measure_trials, trial_of
 FEWEST_PLANS = 10
 REQUEST = "calibrated.txt"
 """What a directory was asked to hold: the digests of profile and text, and the settings."""
+KEPT = (
+    "measurements.parquet",
+    "calibration.safetensors",
+    FidelityDocument.file_name,
+    SpectrumDocument.file_name,
+)
+"""Files of the profile that stay as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +65,31 @@ def recalibrate(
 
     tokens (N, T): the windows that the plans are measured on, none of which the statistics saw.
 
-    Raises `ProfileError` for too few plans or an output that holds something else.
+    Raises `ProfileError` for too few plans or an output that holds something else, `InUseError` while another process
+    writes it.
     """
     if settings.plans < FEWEST_PLANS:
         raise ProfileError(
             f"{settings.plans} plans are too few to fit gains to; measure {FEWEST_PLANS} at least"
         )
+    choices = random_choices(profile.menu, settings)
+    different = len({choice.tobytes() for choice in choices})
+    if different < FEWEST_PLANS:
+        raise ProfileError(
+            f"{profile.path} has {different} different plans between {settings.low_bpw} and {settings.high_bpw} bits per"
+            f" weight, too few to fit gains to; measure more plans, or profile the model with more options"
+        )
     request = f"{profile.sha256} {settings} {tokens_sha256(tokens_NT)}"
     if (output / "profile.json").exists() and _asked(output) == request:
         return load_profile(output)
-    work = _prepared(output, request)
-    choices = random_choices(profile.menu, settings)
-    trials = [trial_of(profile.menu, choice) for choice in choices]
-    kl_PN = measure_trials(loaded, profile.calibration_tokens(), tokens_NT, trials, work, progress)
-    _write(profile, choices, kl_PN, output)
-    shutil.rmtree(work)
-    return load_profile(output)
+    _check_free(output)
+    with alone(output):
+        work = _prepared(output, request)
+        trials = [trial_of(profile.menu, choice) for choice in choices]
+        kl_PN = measure_trials(loaded, profile.calibration_tokens(), tokens_NT, trials, work, progress)
+        _write(profile, choices, kl_PN, output)
+        shutil.rmtree(work)
+        return load_profile(output)
 
 
 def random_choices(menu: Menu, settings: RecalibrationSettings) -> list[Integers]:
@@ -79,7 +97,7 @@ def random_choices(menu: Menu, settings: RecalibrationSettings) -> list[Integers
     bits_P = np.linspace(settings.low_bpw, settings.high_bpw, settings.plans)
     budgets = [menu.kept_bytes + int(bits * menu.compressible_weights / 8) for bits in bits_P]
     within = [min(max(budget, menu.smallest_bytes), menu.original_bytes) for budget in budgets]
-    return [disturbed(menu, budget, settings.seed + p) for p, budget in enumerate(within)]
+    return [disturbed(menu, budget, settings.seed * settings.plans + p) for p, budget in enumerate(within)]
 
 
 def predictions_by_class(profile: Profile, choices: Sequence[Integers]) -> tuple[list[str], Floats]:
@@ -124,8 +142,8 @@ def _write(profile: Profile, choices: Sequence[Integers], kl_PN: Tensor, output:
             ),
         }
     )
-    for file in profile.path.iterdir():
-        if file.is_file() and file.name != "profile.json":
+    for file in (profile.path / name for name in KEPT):
+        if file.exists():
             write_atomically(output / file.name, file.read_bytes())
     write_atomically(output / "profile.json", (document.model_dump_json(indent=1) + "\n").encode())
 
@@ -144,14 +162,21 @@ def agreement(y_P: Floats, log_ratio_P: Floats, before_P: Floats, width: float) 
     )
 
 
-def _prepared(output: Path, request: str) -> Path:
-    """The work folder of this request, emptied of any other's."""
-    work = output / ".work"
-    finished = (output / "profile.json").exists()
-    if output.exists() and (
-        not output.is_dir() or finished or (_asked(output) is None and any(output.iterdir()))
-    ):
+def _check_free(output: Path) -> None:
+    """Raise `ProfileError` unless `output` is empty, missing, or holds an unfinished calibration."""
+    if output.exists() and not (output.is_dir() and all(map(_is_unfinished, output.iterdir()))):
         raise ProfileError(f"{output} already exists and is not empty; choose another directory or remove it")
+
+
+def _is_unfinished(file: Path) -> bool:
+    return file.name in (".work", LOCK, REQUEST, *KEPT) or file.suffix == ".tmp"
+
+
+def _prepared(output: Path, request: str) -> Path:
+    """The work folder of this request, emptied of any other's and of files a killed run was writing."""
+    work = output / ".work"
+    for temporary in output.glob(".*.tmp"):
+        temporary.unlink()
     if _asked(output) != request:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from allocator.atomic import write_atomically
+from allocator.exclusive import LOCK, alone
 from allocator.plan import PlanModel
 from allocator.storage import Option
 from compressor.decompose import ROUNDS
@@ -91,15 +92,16 @@ def build_profile(ref: ModelRef, output: Path, settings: ProfileSettings, progre
     """Profile a model into `output`, resuming an interrupted run of the same settings.
 
     A finished profile of the same model and settings is returned as it is. Raises `ProfileError` when the directory
-    holds something else.
+    holds something else, `InUseError` when another process is writing it.
     """
     run = open_run(ref, output, settings)
     if is_finished(output, run.request):
         return load_profile(output)
-    begin_profile(run, progress)
-    for index in range(run.block_count):
-        sweep_block(run, index, progress)
-    return finish_profile(run, progress)
+    with alone(output):
+        begin_profile(run, progress)
+        for index in range(run.block_count):
+            sweep_block(run, index, progress)
+        return finish_profile(run, progress)
 
 
 @dataclass(frozen=True)
@@ -324,6 +326,7 @@ def prepare(output: Path, request: str) -> Path:
 
 _UNFINISHED = {
     ".work",
+    LOCK,
     "request.json",
     "calibration.safetensors",
     "measurements.parquet",

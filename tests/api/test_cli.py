@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = (
     "demo",
     "profile",
+    "calibrate",
     "plan",
     "frontier",
     "curves",
@@ -254,3 +255,50 @@ def test_plan_verify_says_on_one_line_what_was_measured(
     assert f"{verification['measured_kl']:.4f}" in line and f"{verification['uniform_kl']:.4f}" in line
     assert ("this plan loses" in outcome.stderr) == (verification["verdict"] == "worse")
     assert not list(tmp_path.glob("bitrank-verify-*"))
+
+
+# Calibrate
+
+
+def test_calibrate_says_how_well_plans_are_predicted_and_is_planned_from(
+    bitrank: CommandLine, road: Road
+) -> None:
+    found = answer(bitrank, "calibrate", road.profile, "-o", "out", "--plans", "10")
+    assert set(found) == {"profile", "sha256", "plans", "gain", "agreement"}
+    assert (found["profile"], found["plans"]) == ("out", 10)
+    gain, agreement = found["gain"], found["agreement"]
+    assert 0 < gain["low"] < gain["mean"] < gain["high"]
+    assert {name.split()[1] for name in gain["classes"]} == {"low", "middle", "high"}
+    assert -1 <= agreement["spearman"] <= 1
+    assert 0 <= agreement["misordered"] <= 1 and 0 <= agreement["coverage"] <= 1
+    assert agreement["median_log_ratio"] >= 0 and agreement["median_log_ratio_before"] >= 0
+
+    written = json.loads((bitrank.folder / "out" / "profile.json").read_text())
+    assert (written["gain"], written["agreement"]) == (gain, agreement)
+    assert len(written["plans"]) == 10
+    plan = answer(bitrank, "plan", "out", "--budget", "3.2bpw")
+    assert plan["profile_sha256"] == found["sha256"]
+    low, high = plan["predicted_kl_interval"]
+    assert low / plan["predicted_kl"] == pytest.approx(gain["low"] / gain["mean"])
+    assert high / plan["predicted_kl"] == pytest.approx(gain["high"] / gain["mean"])
+    made = answer(bitrank, "compress", "plan.json", "-o", "small")
+    assert made["tensor_bytes"] == plan["total_bytes"]
+
+
+def test_calibrate_measures_on_the_text_it_is_given(bitrank: CommandLine, road: Road) -> None:
+    arguments = ("calibrate", road.profile, "--plans", "10", "--text", road.text)
+    outcome = bitrank(*arguments, "--tokens", "256", "-o", "text")
+    assert outcome.code == 0, outcome.stderr
+    first, heading, figures = outcome.stdout.splitlines()[:3]
+    assert first == "10 plans measured; each predicted from the others, in text:"
+    for words in ("rank correlation", "pairs misordered", "before", "inside it"):
+        assert words in heading
+    assert figures.count("%") == 4 and "…" in figures
+    assert "measuring trials" in outcome.stderr
+
+    assert bitrank(*arguments, "--tokens", "128", "-o", "less").code == 0
+    plans = [
+        json.loads((bitrank.folder / name / "profile.json").read_text())["plans"] for name in ("text", "less")
+    ]
+    assert [p["total_bytes"] for p in plans[0]] == [p["total_bytes"] for p in plans[1]]
+    assert all(a["measured_kl"] != b["measured_kl"] for a, b in zip(*plans, strict=True))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compressor.gptq import SingularHessianError, inverse_factor
-from compressor.lowrank import Factors, cholesky_qr, dense, factorize, leading_directions, square_root
+from compressor.lowrank import Factors, dense, factorize, leading_directions, square_root
 
 MakeTensor = Callable[..., Tensor]
 
@@ -146,24 +146,6 @@ def test_directions_are_orthonormal_however_fast_the_energy_falls(
     found_POr = leading_directions(residual_POI, torch.eye(96), 16)
     gram_Prr = found_POr.mT @ found_POr
     assert torch.allclose(gram_Prr, torch.eye(16).expand(2, -1, -1), atol=1e-4)
-
-
-@pytest.mark.parametrize("condition", [1e0, 1e4, 1e6])
-def test_orthonormal_columns_by_products_span_what_householder_s_do(
-    normal: MakeTensor, condition: float
-) -> None:
-    span_POk = normal(2, 128, 24) * torch.logspace(0, -math.log10(condition), 24)
-    by_products_POk, expected_POk = cholesky_qr(span_POk), torch.linalg.qr(span_POk).Q
-    assert by_products_POk is not None
-    gram_Pkk = by_products_POk.mT @ by_products_POk
-    assert torch.allclose(gram_Pkk, torch.eye(24).expand(2, -1, -1), atol=1e-5)
-    projection_Pkk = by_products_POk.mT @ expected_POk
-    assert torch.allclose(projection_Pkk @ projection_Pkk.mT, torch.eye(24).expand(2, -1, -1), atol=1e-3)
-
-
-def test_columns_that_depend_on_each_other_are_left_to_householder(normal: MakeTensor) -> None:
-    assert cholesky_qr(normal(2, 128, 1) @ normal(2, 1, 24)) is None
-    assert cholesky_qr(torch.zeros(1, 128, 24)) is None
 
 
 def test_a_residual_of_zeros_has_directions_too(normal: MakeTensor) -> None:
