@@ -76,8 +76,8 @@ def recalibrate(
     different = len({choice.tobytes() for choice in choices})
     if different < FEWEST_PLANS:
         raise ProfileError(
-            f"{profile.path} has {different} different plans between {settings.low_bpw} and {settings.high_bpw} bits per"
-            f" weight, too few to fit gains to; measure more plans, or profile the model with more options"
+            f"{profile.path} has {different} different plans between {settings.low_bpw} and {settings.high_bpw} bits"
+            " per weight, too few to fit gains to; measure more plans, or profile the model with more options"
         )
     request = f"{profile.sha256} {settings} {tokens_sha256(tokens_NT)}"
     if (output / "profile.json").exists() and _asked(output) == request:
