@@ -402,6 +402,32 @@ def compress(
 
 
 @app.command()
+def recover(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="What `bitrank compress` wrote.")],
+    reference: Annotated[str, typer.Option(help=f"The original: {MODEL_HELP}")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint directory to write.")],
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to train on; sampled from the reference if absent.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of that text.")] = 163_840,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of Adam.")] = 300,
+    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Train the scales of a compressed checkpoint towards its original; the bytes stay."""
+    from api.usecases import recover_checkpoint
+    from compressor.recovery import RecoverySettings
+
+    settings = RecoverySettings(steps=steps, seed=seed)
+    recover_checkpoint(checkpoint, reference, output, text, tokens, settings, progress(), device)
+    if json_output:
+        return _print_json({"checkpoint": str(output), "settings": asdict(settings)})
+    print(f"{output}: {steps} steps")
+    print(f"next: bitrank evaluate {output} --reference {reference}")
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The compressed checkpoint.")],
     reference: Annotated[str, typer.Option(help=f"The original: {MODEL_HELP}")],

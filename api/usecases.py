@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from allocator.planner import Planner
     from allocator.problem import Menu, Solution
+    from compressor.recovery import RecoverySettings
     from profiler.calibration import Progress
     from profiler.evaluation import Fidelity
     from profiler.layers import LoadedModel
@@ -354,6 +355,51 @@ def calibrate_profile(
     return made
 
 
+def recover_checkpoint(
+    path: Path,
+    reference: str,
+    output: Path,
+    text: Path | None,
+    tokens: int,
+    settings: RecoverySettings,
+    progress: Progress,
+    device: str = "cpu",
+) -> None:
+    """Train the scales of a compressed checkpoint towards the original; resumes an interrupted run of the same.
+
+    On `text`, or on tokens sampled from the original. Raises `ModelError`, `CalibrationError`, `WorkError`.
+    """
+    import torch
+
+    from compressor.linear import CompressedLinear
+    from compressor.recovery import recover
+    from compressor.worker import check_output
+    from profiler.calibration import sample_tokens, text_tokens, tokens_sha256
+    from profiler.checkpoint import ModelError, find_model, weights_sha256
+    from profiler.layers import load_model
+
+    check_output(output)
+    ref, original = find_model(str(path)), find_model(reference)
+    loaded, teacher = load_model(ref, device), load_model(original, device)
+    if not any(isinstance(module, CompressedLinear) for module in loaded.model.modules()):
+        raise ModelError(f"{path} has no compressed layer; give a checkpoint that `bitrank compress` made")
+    check_comparable(loaded, teacher)
+    if text is None:
+        tokens_NT = sample_tokens(teacher, tokens, settings.seed, progress)
+    else:
+        tokens_NT = text_tokens(teacher, text, tokens)
+
+    @torch.no_grad()
+    def logits(window_NT: Tensor) -> Tensor:
+        logits_NTV: Tensor = teacher.model(window_NT, use_cache=False).logits
+        return logits_NTV
+
+    request = " ".join((weights_sha256(ref), weights_sha256(original), tokens_sha256(tokens_NT)))
+    recover(
+        loaded.model, logits, tokens_NT.to(device), ref.path, output.resolve(), settings, progress, request
+    )
+
+
 @contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
     """An empty folder while open; what a killed run left in it goes first."""
@@ -421,6 +467,16 @@ def evaluate_model(
     )
 
 
+def check_comparable(compressed: LoadedModel, original: LoadedModel) -> None:
+    """Raise `BitrankError` for models of different vocabularies."""
+    vocabularies = [m.model.config.get_text_config().vocab_size for m in (compressed, original)]
+    if vocabularies[0] != vocabularies[1]:
+        raise BitrankError(
+            f"{compressed.ref.id} has {vocabularies[0]} tokens and {original.ref.id} has {vocabularies[1]};"
+            " only models of one vocabulary can be compared, so give the model it was made from as the reference"
+        )
+
+
 def evaluate_loaded(
     compressed: LoadedModel,
     original: LoadedModel,
@@ -432,12 +488,7 @@ def evaluate_loaded(
     from profiler.checkpoint import tensor_bytes
     from profiler.evaluation import generate, live_logits, measure, tokens_per_second
 
-    vocabularies = [m.model.config.get_text_config().vocab_size for m in (compressed, original)]
-    if vocabularies[0] != vocabularies[1]:
-        raise BitrankError(
-            f"{compressed.ref.id} has {vocabularies[0]} tokens and {original.ref.id} has {vocabularies[1]};"
-            " only models of one vocabulary can be compared, so give the model it was made from as the reference"
-        )
+    check_comparable(compressed, original)
     found: Fidelity = measure(compressed.model, live_logits(original.model), tokens_NT, progress)
     return Evaluation(
         model=compressed.ref.id,

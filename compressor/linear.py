@@ -90,7 +90,7 @@ class CompressedLinear(nn.Module):
         self.register_parameter(scale, _parameter((rows, groups), torch.bfloat16))
         self.register_parameter(zero, _parameter((1, words(rows * groups, bits)), torch.int32))
 
-    def _grid_of(self, name: str) -> tuple[int, int]:
+    def grid_of(self, name: str) -> tuple[int, int]:
         """Bits and group size of a quantized matrix."""
         if name == "weight" and self.option.bits:
             return self.option.bits, self.option.group_size
@@ -99,18 +99,22 @@ class CompressedLinear(nn.Module):
     def _is_quantized(self, name: str) -> bool:
         return matrix_names(name)[1] in self._parameters
 
-    def _zero(self, name: str) -> Tensor:
-        """uint8 (O, G), unpacked here unless `prepare` did."""
+    def zero_points(self, name: str) -> Tensor:
+        """uint8 (O, G) of a quantized matrix, unpacked here unless `prepare` did."""
         ready_OG = self._buffers.get(f"{name}_zero_OG")
         if ready_OG is not None:
             return ready_OG
         _, scale, zero = matrix_names(name)
         shape = getattr(self, scale).shape
-        return unpack(getattr(self, zero), self._grid_of(name)[0], shape.numel()).view(shape)
+        return unpack(getattr(self, zero), self.grid_of(name)[0], shape.numel()).view(shape)
 
     def _dense(self, name: str, columns: int, rows: slice = slice(None)) -> Tensor:
-        bits, group_size = self._grid_of(name)
-        word_OW, scale_OG, zero_OG = getattr(self, name), getattr(self, f"{name}_scale"), self._zero(name)
+        bits, group_size = self.grid_of(name)
+        word_OW, scale_OG, zero_OG = (
+            getattr(self, name),
+            getattr(self, f"{name}_scale"),
+            self.zero_points(name),
+        )
         code_OI = unpack(word_OW[rows], bits, columns)
         return Quantized(code_OI, scale_OG[rows], zero_OG[rows], bits, group_size).dequantize()
 
@@ -131,7 +135,7 @@ class CompressedLinear(nn.Module):
         """Unpack the zero points once, which the decode kernel reads; the state dict stays as it is stored."""
         for name in ("weight", "left", "right"):
             if self._is_quantized(name):
-                self.register_buffer(f"{name}_zero_OG", self._zero(name), persistent=False)
+                self.register_buffer(f"{name}_zero_OG", self.zero_points(name), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, I) -> (…, O), in the dtype of x. One token on CUDA is left to `matvec_triton.py`."""
@@ -150,14 +154,14 @@ class CompressedLinear(nn.Module):
         from compressor.matvec_triton import matvec
 
         x_I = x.reshape(-1)
-        bits, group_size = self._grid_of("weight")
+        bits, group_size = self.grid_of("weight")
         left = left_scale = left_zero = hidden_r = None
         if self.option.rank:
             hidden_r, left = self._hidden(x_I), self.left
             if self._is_quantized("left"):
-                left_scale, left_zero = self.left_scale, self._zero("left")
+                left_scale, left_zero = self.left_scale, self.zero_points("left")
         output_O = matvec(
-            x_I, self.weight, self.weight_scale, self._zero("weight"), bits, group_size, x.dtype,
+            x_I, self.weight, self.weight_scale, self.zero_points("weight"), bits, group_size, x.dtype,
             left, left_scale, left_zero, hidden_r, self.option.factor_bits,
         )  # fmt: skip
         return output_O.view(*x.shape[:-1], self.out_features)
@@ -168,8 +172,8 @@ class CompressedLinear(nn.Module):
 
         if not self._is_quantized("right"):
             return (self.right.to(x_I.dtype) @ x_I).float()
-        bits, group_size = self._grid_of("right")
-        zero_rG = self._zero("right")
+        bits, group_size = self.grid_of("right")
+        zero_rG = self.zero_points("right")
         return matvec(x_I, self.right, self.right_scale, zero_rG, bits, group_size, torch.float32)
 
     def _multiply(self, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ COMMANDS = (
     "demo",
     "profile",
     "calibrate",
+    "recover",
     "plan",
     "frontier",
     "curves",
@@ -302,3 +303,16 @@ def test_calibrate_measures_on_the_text_it_is_given(bitrank: CommandLine, road: 
     ]
     assert [p["total_bytes"] for p in plans[0]] == [p["total_bytes"] for p in plans[1]]
     assert all(a["measured_kl"] != b["measured_kl"] for a, b in zip(*plans, strict=True))
+
+
+def test_a_recovered_checkpoint_takes_the_same_bytes_and_is_nearer_the_original(
+    bitrank: CommandLine, road: Road
+) -> None:
+    arguments = ("recover", road.checkpoint, "--reference", road.model, "-o", "better", "--text", road.text)
+    assert answer(bitrank, *arguments, "--steps", "40")["settings"]["steps"] == 40
+    measured = [
+        answer(bitrank, "evaluate", checkpoint, "--reference", road.model, "--text", road.text)
+        for checkpoint in (road.checkpoint, "better")
+    ]
+    assert measured[1]["tensor_bytes"] == measured[0]["tensor_bytes"]
+    assert measured[1]["kl_nats"] < measured[0]["kl_nats"]

@@ -141,7 +141,7 @@ def multiply_in_the_interpreter(folder: Path) -> None:
     layer, x_I = torch.load(folder / "layer.pt", weights_only=False)
     bits, group_size = layer.option.bits, layer.option.group_size
     product_O = matvec_triton.matvec(
-        x_I, layer.weight, layer.weight_scale, layer._zero("weight"), bits, group_size, torch.float32
+        x_I, layer.weight, layer.weight_scale, layer.zero_points("weight"), bits, group_size, torch.float32
     )
     torch.save((product_O, layer._decode(x_I[None])[0]), folder / "output.pt")
 

@@ -1,0 +1,262 @@
+"""Recovery: the scales of a compressed model trained to bring its predictions back to the original's.
+
+What lives here: the trainable layer, the training loop with its state on disk, and the checkpoint with the new scales.
+Codes and zero points stay, so a recovered checkpoint takes the bytes that it took. Where models and tokens come from
+is the caller's.
+
+Letters: N windows, T tokens of a window, O rows, I columns, G groups of a row, g columns of a group, r rank.
+
+Every scale becomes s·(1 + δ), with δ trained by Adam under a cosine schedule to minimise KL(original ‖ compressed) in
+nats per token, and is rounded to bfloat16 on the way; gradients pass the rounding straight through (Bengio et al.,
+arXiv 1308.3432). A bfloat16 factor F becomes F + rms(F)·δ. The order of windows follows from seed and epoch alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from allocator.atomic import write_atomically
+from allocator.storage import KEEP_BITS
+from compressor.linear import CompressedLinear, left_name, matrix_names
+from compressor.packing import unpack
+from compressor.worker import AUXILIARY, check_output, put_in_place, with_metadata
+
+STATE = "recovery.safetensors"
+SAVED_EVERY = 25
+WARM_UP = 10
+BETAS = (0.9, 0.99)
+
+
+@dataclass(frozen=True, slots=True)
+class RecoverySettings:
+    """Steps of Adam, windows of a step, and the learning rate of δ, a relative change of a scale."""
+
+    steps: int = 300
+    windows: int = 4
+    learning_rate: float = 0.01
+    seed: int = 0
+
+
+class TrainableMatrix(nn.Module):
+    """A quantized matrix whose scales are s·(1 + δ); δ float32 (O, G), zero at first."""
+
+    level_OGg: Tensor
+    start_OG: Tensor
+
+    def __init__(self, layer: CompressedLinear, name: str, columns: int) -> None:
+        super().__init__()
+        bits, group_size = layer.grid_of(name)
+        codes, scale, _ = matrix_names(name)
+        code_OI = unpack(getattr(layer, codes), bits, columns).short()
+        start_OG = getattr(layer, scale).detach().float()
+        padding = start_OG.shape[1] * group_size - columns
+        code_OGg = F.pad(code_OI, (0, padding)).unflatten(1, (-1, group_size))
+        self.columns = columns
+        self.register_buffer("level_OGg", code_OGg - layer.zero_points(name)[..., None].short())
+        self.register_buffer("start_OG", start_OG)
+        self.delta_OG = nn.Parameter(torch.zeros_like(start_OG))
+
+    def scale(self) -> Tensor:
+        """(O, G) float32, on the grid of bfloat16."""
+        scale_OG = self.start_OG * (1 + self.delta_OG)
+        return scale_OG + (scale_OG.bfloat16().float() - scale_OG).detach()
+
+    def forward(self) -> Tensor:
+        return (self.level_OGg * self.scale()[..., None]).flatten(1)[:, : self.columns]
+
+
+class TrainableFactor(nn.Module):
+    """A bfloat16 factor F + rms(F)·δ; δ float32 (r, ·), zero at first."""
+
+    start_rI: Tensor
+
+    def __init__(self, factor_rI: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("start_rI", factor_rI.detach().float())
+        self.delta_rI = nn.Parameter(torch.zeros_like(self.start_rI))
+
+    def scale(self) -> Tensor:
+        """The factor itself, on the grid of bfloat16."""
+        factor_rI = self.start_rI + self.start_rI.square().mean().sqrt() * self.delta_rI
+        return factor_rI + (factor_rI.bfloat16().float() - factor_rI).detach()
+
+    def forward(self) -> Tensor:
+        return self.scale()
+
+
+class TrainableLinear(nn.Module):
+    """A `CompressedLinear` with trainable scales: y = x (Q + L·R)ᵀ + bias."""
+
+    def __init__(self, layer: CompressedLinear) -> None:
+        super().__init__()
+        option = layer.option
+        self.left = left_name(option) if option.rank else None
+        self.bias = layer.bias
+        widths = {"weight": layer.in_features} if option.bits else {}
+        if self.left:
+            widths |= {self.left: layer.out_features, "right": layer.in_features}
+        self.matrices = nn.ModuleDict(
+            {
+                name: TrainableFactor(getattr(layer, name))
+                if option.factor_bits == KEEP_BITS and name in (self.left, "right")
+                else TrainableMatrix(layer, name, width)
+                for name, width in widths.items()
+            }
+        )
+        self.has_grid = option.bits > 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = []
+        if self.has_grid:
+            parts.append(F.linear(x, self.matrices["weight"]()))
+        if self.left:
+            parts.append(F.linear(x, self.matrices["right"]()) @ self.matrices[self.left]())
+        output = sum(parts[1:], parts[0])
+        return output if self.bias is None else output + self.bias
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors that training changed, by their names within the layer."""
+        return {
+            name if isinstance(matrix, TrainableFactor) else matrix_names(name)[1]: matrix.scale()
+            .detach()
+            .bfloat16()
+            for name, matrix in self.matrices.items()
+        }
+
+
+def make_trainable(model: nn.Module) -> dict[str, TrainableLinear]:
+    """Swap every compressed layer of a float32 model for a trainable one, and freeze all else."""
+    model.requires_grad_(False)
+    layers = {n: TrainableLinear(m) for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    return layers
+
+
+def recover(
+    student: nn.Module,
+    teacher: Callable[[Tensor], Tensor],
+    tokens_NT: Tensor,
+    source: Path,
+    output: Path,
+    settings: RecoverySettings,
+    progress: Callable[[str, int, int], None],
+    request: str,
+) -> None:
+    """Train the scales of `student`, the model of the checkpoint in `source`, and write the checkpoint with them.
+
+    teacher: logits (N, T, vocabulary) of the original for windows (N, T). request: what the result depends on beside
+    the settings, so that an interrupted run of the same is resumed and of another is not. Raises `WorkError` when the
+    output is occupied.
+    """
+    check_output(output)
+    partial = output.with_name(f"{output.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    layers = make_trainable(student)
+    request = json.dumps([request, asdict(settings)])
+    train(student, teacher, tokens_NT, partial / STATE, settings, progress, request)
+    write_checkpoint(source, partial, layers)
+    (partial / STATE).unlink(missing_ok=True)
+    put_in_place(partial, output)
+
+
+def train(
+    student: nn.Module,
+    teacher: Callable[[Tensor], Tensor],
+    tokens_NT: Tensor,
+    state: Path,
+    settings: RecoverySettings,
+    progress: Callable[[str, int, int], None],
+    request: str,
+) -> None:
+    """Adam on every δ; `state` holds what an interrupted run of the same request goes on from."""
+    deltas = {name: delta for name, delta in student.named_parameters() if delta.requires_grad}
+    optimizer = torch.optim.Adam(deltas.values(), lr=settings.learning_rate, betas=BETAS)
+    done = _load(state, request, deltas, optimizer)
+    for step in range(done, settings.steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
+        window_NT = tokens_NT[chosen_windows(step, len(tokens_NT), settings)]
+        loss = divergence(teacher(window_NT), student(window_NT, use_cache=False).logits)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if (step + 1) % SAVED_EVERY == 0 and step + 1 < settings.steps:
+            _save(state, request, step + 1, deltas, optimizer)
+        progress("recovering", step + 1, settings.steps)
+
+
+def learning_rate(step: int, settings: RecoverySettings) -> float:
+    """A warm-up, then half a cosine down to zero."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    return settings.learning_rate * min(1.0, (step + 1) / WARM_UP) * cosine
+
+
+def chosen_windows(step: int, count: int, settings: RecoverySettings) -> Tensor:
+    """The windows of a step: each epoch takes every window once, in an order of its own; the last few may be left."""
+    windows = min(settings.windows, count)
+    epoch, batch = divmod(step, count // windows)
+    generator = torch.Generator().manual_seed(settings.seed + epoch)
+    return torch.randperm(count, generator=generator)[batch * windows :][:windows]
+
+
+def divergence(reference_NTV: Tensor, logits_NTV: Tensor) -> Tensor:
+    """KL(reference ‖ logits), the mean over tokens, nats."""
+    log_p_NTV, log_q_NTV = reference_NTV.float().log_softmax(-1), logits_NTV.float().log_softmax(-1)
+    return (log_p_NTV.exp() * (log_p_NTV - log_q_NTV)).sum(-1).mean()
+
+
+def _save(
+    state: Path, request: str, step: int, deltas: dict[str, nn.Parameter], optimizer: torch.optim.Adam
+) -> None:
+    tensors = {f"{name}.delta": delta.detach() for name, delta in deltas.items()}
+    for name, delta in deltas.items():
+        moments = optimizer.state[delta]
+        tensors |= {f"{name}.{key}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
+    write_atomically(state, with_metadata(save(tensors), {"request": request, "step": str(step)}))
+
+
+def _load(state: Path, request: str, deltas: dict[str, nn.Parameter], optimizer: torch.optim.Adam) -> int:
+    """Steps done, and δ and the moments after them; 0 where there is no state of this request."""
+    if not state.exists():
+        return 0
+    with safe_open(state, framework="pt") as file:
+        metadata = file.metadata()
+    if metadata["request"] != request:
+        return 0
+    tensors, step = load_file(state), int(metadata["step"])
+    for name, delta in deltas.items():
+        delta.data.copy_(tensors[f"{name}.delta"])
+        moments = {key: tensors[f"{name}.{key}"].to(delta.device) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[delta] = {"step": torch.tensor(float(step)), **moments}
+    return step
+
+
+def write_checkpoint(source: Path, partial: Path, layers: dict[str, TrainableLinear]) -> None:
+    """The files of `source`, with the tensors that training changed."""
+    changed = {
+        f"{name}.{tensor}": value
+        for name, layer in layers.items()
+        for tensor, value in layer.stored().items()
+    }
+    for file in sorted(source.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as shard:
+            metadata = dict(sorted((shard.metadata() or {}).items()))
+        tensors = {name: changed.get(name, value).cpu() for name, value in load_file(file).items()}
+        write_atomically(partial / file.name, with_metadata(save(tensors), metadata))
+    for file in _others(source):
+        write_atomically(partial / file.name, file.read_bytes())
+
+
+def _others(source: Path) -> Iterator[Path]:
+    for pattern in AUXILIARY:
+        yield from sorted(source.glob(pattern))
