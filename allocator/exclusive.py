@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 
 from allocator.errors import BitrankError
@@ -24,20 +25,17 @@ def alone(output: Path) -> Iterator[None]:
 
     Raises `InUseError` while another process holds it.
     """
-    from filelock import FileLock, Timeout
-
     output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InUseError(
-            f"another process is writing {output}; wait for it, or choose another directory"
-        ) from error
-    try:
-        yield
-    finally:
-        (output / LOCK).unlink(missing_ok=True)
-        lock.release()
-        with suppress(OSError):
-            output.rmdir()
+    with (output / LOCK).open("a") as file:
+        try:
+            flock(file, LOCK_EX | LOCK_NB)
+        except BlockingIOError as error:
+            raise InUseError(
+                f"another process is writing {output}; wait for it, or choose another directory"
+            ) from error
+        try:
+            yield
+        finally:
+            (output / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):
+                output.rmdir()

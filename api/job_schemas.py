@@ -84,6 +84,7 @@ class ProfileOptions(Request):
     ranks: Annotated[tuple[int, ...], Field(min_length=1, max_length=32)] | None = None
     group_sizes: Annotated[tuple[int, ...], Field(min_length=1, max_length=8)] | None = None
     factor_bits: Annotated[tuple[int, ...], Field(min_length=1, max_length=3)] | None = None
+    adaptive: bool = False
 
 
 class ProfileJob(Request):

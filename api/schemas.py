@@ -149,6 +149,9 @@ class ProfileSettingsRequest(Request):
     ) = None
     group_sizes: Annotated[tuple[Literal[32, 64, 128], ...], Field(min_length=1, max_length=3)] | None = None
     factor_bits: Annotated[tuple[Literal[4, 8, 16], ...], Field(min_length=1, max_length=3)] | None = None
+    adaptive: Annotated[
+        bool, Field(description="Measure a few options of every layer and predict those that it can.")
+    ] = False
 
 
 class ProfileRequest(Request):

@@ -17,12 +17,13 @@ from allocator.errors import BitrankError, InfeasibleError
 from api.database import open_database
 from api.engine import JOBS, RUN_JOB, VERSION, engine_client
 from api.job_cli import read_batch
-from api.job_schemas import JobEvent
+from api.job_schemas import JobEvent, ProfileJob, ProfileOptions
 from api.jobs import Jobs, QuotaError, UnknownJobError
 from api.ledger import Ledger
 from api.plan_store import PlanStore
 from api.problems import ProblemError
 from api.settings import Settings
+from api.tasks import profile_settings
 from api.workflows import is_transient, persistently
 from benchmarks.cluster import Cluster, binary
 from benchmarks.fleet import Fleet
@@ -393,3 +394,11 @@ def test_a_batch_file_names_directories_for_every_worker(tmp_path: Path) -> None
     mine, demo = read_batch(file)["jobs"]
     assert (mine["model"], mine["directory"]) == ("mine", str(tmp_path / "mine"))
     assert demo == {"model": "demo", "budgets": ["25%"]}
+
+
+def test_every_setting_of_a_job_reaches_the_profiler() -> None:
+    options = ProfileOptions(
+        tokens=999, seed=3, bits=(2, 4), ranks=(0, 8), group_sizes=(32,), factor_bits=(8,), adaptive=True
+    )
+    settings = profile_settings(ProfileJob(model="small", settings=options), "cpu")
+    assert {name: getattr(settings, name) for name in ProfileOptions.model_fields} == options.model_dump()
