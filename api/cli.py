@@ -286,6 +286,54 @@ def plan(
     print(", ".join(f"{count} layers at {key}" for key, count in sorted(counts.items())))
 
 
+@app.command()
+def compare(
+    profile: ProfileDirectory,
+    strategies: Annotated[
+        list[str] | None, typer.Argument(help="uniform:3, uniform:3:r64, progressive:fall, …")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="For strategies without a size of their own: 700MiB, 25% or 3.25bpw.")
+    ] = None,
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Measure strategies, each beside the optimum at the same bytes."""
+    from api.usecases import compare_strategies
+
+    named = strategies or ["uniform:2", "uniform:3", "uniform:4"]
+    found = compare_strategies(profile, named, budget, progress(), device)
+    if json_output:
+        return _print_json({"comparisons": [asdict(pair) | {"saved": pair.saved} for pair in found]})
+    _print_table(
+        (
+            "strategy",
+            "bytes",
+            "mean bits",
+            "mean rank",
+            "predicted KL",
+            "KL",
+            "optimum: bytes",
+            "KL",
+            "less by",
+        ),
+        [
+            (
+                pair.strategy,
+                f"{pair.plan.total_bytes:,}",
+                f"{pair.plan.mean_bits:.2f}",
+                f"{pair.plan.mean_rank:.1f}",
+                f"{pair.plan.predicted_kl:.4f}",
+                f"{pair.plan.measured_kl:.4f} ± {pair.plan.standard_error:.4f}",
+                f"{pair.optimum.total_bytes:,}",
+                f"{pair.optimum.measured_kl:.4f} ± {pair.optimum.standard_error:.4f}",
+                f"{pair.saved:.1%}",
+            )
+            for pair in found
+        ],
+    )
+
+
 def describe_verification(found: Verification) -> str:
     """What was measured, in one sentence."""
     measured = f"measured KL {found.measured_kl:.4f} ± {found.standard_error:.4f} nats/token"

@@ -674,3 +674,22 @@ def test_a_killed_recovery_is_resumed_to_the_same_bytes(bitrank: CommandLine, ro
     assert bitrank(*arguments("out")).code == 0
     assert contents(bitrank.folder / "out") == contents(bitrank.folder / "whole")
     assert not state.parent.exists()
+
+
+# Comparison
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("ultimate",), 2, "strategy 'ultimate' is unknown"),
+        (("progressive:fall",), 2, "progressive:fall has no size of its own; give --budget"),
+        (("uniform:7",), 2, "does not offer 7 bits"),
+        (("progressive:fall", "--budget", "1bpw"), 3, "smallest"),
+    ],
+)
+def test_strategies_that_cannot_be_compared_are_refused(
+    bitrank: CommandLine, road: Road, arguments: tuple[str, ...], code: int, said: str
+) -> None:
+    outcome = bitrank("compare", road.profile, *arguments)
+    assert_refused(outcome, bitrank.folder, "out", said, code=code)

@@ -17,6 +17,7 @@ COMMANDS = (
     "profile",
     "calibrate",
     "recover",
+    "compare",
     "plan",
     "frontier",
     "curves",
@@ -316,3 +317,24 @@ def test_a_recovered_checkpoint_takes_the_same_bytes_and_is_nearer_the_original(
     ]
     assert measured[1]["tensor_bytes"] == measured[0]["tensor_bytes"]
     assert measured[1]["kl_nats"] < measured[0]["kl_nats"]
+
+
+def test_strategies_are_measured_beside_the_optimum_at_their_bytes(bitrank: CommandLine, road: Road) -> None:
+    strategies = ("uniform:3", "uniform:2:r4", "progressive:fall")
+    found = answer(bitrank, "compare", road.profile, *strategies, "--budget", "4bpw")["comparisons"]
+    assert [pair["strategy"] for pair in found] == list(strategies)
+    for pair in found:
+        plan, optimum = pair["plan"], pair["optimum"]
+        assert 0.99 * plan["total_bytes"] < optimum["total_bytes"] <= plan["total_bytes"]
+        assert optimum["predicted_kl"] <= plan["predicted_kl"]
+        assert pair["saved"] == pytest.approx(1 - optimum["measured_kl"] / plan["measured_kl"])
+    assert [pair["plan"]["mean_bits"] for pair in found[:2]] == [3, 2]
+    assert [pair["plan"]["mean_rank"] for pair in found[:2]] == [0, 4]
+
+
+def test_the_comparison_is_a_table(bitrank: CommandLine, road: Road) -> None:
+    outcome = bitrank("compare", road.profile)
+    assert outcome.code == 0, outcome.stderr
+    lines = outcome.stdout.splitlines()
+    assert lines[0].split()[:2] == ["strategy", "bytes"]
+    assert [line.split()[0] for line in lines[1:]] == ["uniform:2", "uniform:3", "uniform:4"]
