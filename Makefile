@@ -7,7 +7,8 @@ demo: $(VENV)/installed
 	$(BIN)/bitrank demo
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/allocator tests/compressor tests/profiler
+	$(BIN)/python -m pytest --ignore tests/allocator --ignore tests/compressor --ignore tests/profiler
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
