@@ -1,10 +1,11 @@
 """One process at a time in an output directory.
 
-What lives here: the lock. It is advisory, and the system gives it back when its process ends, however it ends.
+What lives here: the locks. They are advisory, and the system gives them back when their process ends, however it ends.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fcntl import LOCK_EX, LOCK_NB, flock
@@ -27,15 +28,20 @@ def alone(output: Path) -> Iterator[None]:
     """
     output.mkdir(parents=True, exist_ok=True)
     with (output / LOCK).open("a") as file:
-        try:
-            flock(file, LOCK_EX | LOCK_NB)
-        except BlockingIOError as error:
-            raise InUseError(
-                f"another process is writing {output}; wait for it, or choose another directory"
-            ) from error
+        if not locked(file.fileno()) or os.fstat(file.fileno()).st_nlink == 0:  # let go of by removing it
+            raise InUseError(f"another process is writing {output}; wait for it, or choose another directory")
         try:
             yield
         finally:
             (output / LOCK).unlink(missing_ok=True)
             with suppress(OSError):
                 output.rmdir()
+
+
+def locked(descriptor: int) -> bool:
+    """Whether this process holds the lock of an open file now; it does not wait."""
+    try:
+        flock(descriptor, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

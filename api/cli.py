@@ -465,7 +465,7 @@ def recover(
 ) -> None:
     """Train the scales of a compressed checkpoint towards its original; the bytes stay."""
     from api.usecases import recover_checkpoint
-    from compressor.recovery import RecoverySettings
+    from profiler.recovery import RecoverySettings
 
     settings = RecoverySettings(steps=steps, seed=seed)
     recover_checkpoint(checkpoint, reference, output, text, tokens, settings, progress(), device)

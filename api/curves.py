@@ -65,25 +65,33 @@ def _curve(profile: Profile, name: str, bits: Sequence[float], ranks: Sequence[i
             for m in profile.measurements[name]
             if not m.half_width
         ],
-        predicted=[_predicted(profile, name, b, r) for r in ranks for b in bits],
+        predicted=_predicted(profile, name, bits, ranks),
     )
 
 
-def _predicted(profile: Profile, name: str, bits: float, rank: int) -> PredictedError:
-    """By the closed form where the profile has it for this option, by the smooth fit elsewhere."""
+def _predicted(
+    profile: Profile, name: str, bits: Sequence[float], ranks: Sequence[int]
+) -> list[PredictedError]:
+    """By the closed form where the profile has it for an option, by the smooth fit elsewhere."""
     fit = profile.document.layers[name].fit
-    error, ratio = fit.error(bits, rank, GROUP_SIZE), fit.worst_ratio
-    for m in profile.measurements[name]:
-        if m.half_width and (m.option.bits, m.option.rank, m.option.group_size) == (bits, rank, GROUP_SIZE):
-            error, ratio = m.error, exp(m.half_width)
-    return PredictedError(
-        bits=bits,
-        rank=rank,
-        group_size=GROUP_SIZE,
-        error=error,
-        interval=Interval(low=error / ratio, high=error * ratio),
-        kl_nats=error * profile.price(name, bits),
-    )
+    closed: dict[tuple[float, int], tuple[float, float]] = {
+        (m.option.bits, m.option.rank): (m.error, exp(m.half_width))
+        for m in profile.measurements[name]
+        if m.half_width and m.option.group_size == GROUP_SIZE
+    }
+
+    def at(width: float, rank: int) -> PredictedError:
+        error, ratio = closed.get((width, rank)) or (fit.error(width, rank, GROUP_SIZE), fit.worst_ratio)
+        return PredictedError(
+            bits=width,
+            rank=rank,
+            group_size=GROUP_SIZE,
+            error=error,
+            interval=Interval(low=error / ratio, high=error * ratio),
+            kl_nats=error * profile.price(name, width),
+        )
+
+    return [at(width, rank) for rank in ranks for width in bits]
 
 
 def curve_rows(profile: Profile, curves: Sequence[LayerCurve]) -> list[tuple[Any, ...]]:

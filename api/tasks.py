@@ -13,7 +13,6 @@ finished: runs/<digest>/begin, inputs-<n>, block-<n>, and at the end profile alo
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocator.errors import BitrankError
+from allocator.exclusive import locked
 from api.catalogue import Catalogue
 from api.database import Database, EvaluationRow
 from api.job_schemas import EvaluationJob, JobProgress, PlanJob, ProfileJob, ProfileOptions
@@ -260,7 +260,7 @@ class Tasks:
 
     def _is_finished(self, run: ProfileRun) -> bool:
         """Whether the profile is made, here or on another machine."""
-        from profiler.run import is_finished
+        from profiler.workspace import is_finished
 
         self._store.fetch(address(run, "profile"), run.output)
         return is_finished(run.output, run.request)
@@ -346,7 +346,7 @@ def alone(path: Path, executor: Executor) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         seen = ""
-        while not _locked(file.fileno()):
+        while not locked(file.fileno()):
             file.seek(0)
             holder = file.read().strip()
             if holder and holder == seen and not executor.is_alive(holder):
@@ -358,11 +358,3 @@ def alone(path: Path, executor: Executor) -> Iterator[None]:
             file.write(executor.id)
             file.flush()
         yield
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

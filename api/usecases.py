@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
     from allocator.planner import Planner
     from allocator.problem import Menu, Solution
-    from compressor.recovery import RecoverySettings
     from profiler.calibration import Progress
     from profiler.evaluation import Fidelity
     from profiler.layers import LoadedModel
     from profiler.profile import Profile
+    from profiler.recovery import RecoverySettings
     from profiler.run import ProfileSettings
 
 CONSTRAINED_SECONDS = 5.0
@@ -323,7 +323,7 @@ def verify_plan(
 
 
 @dataclass(frozen=True, slots=True)
-class MeasuredPlan:
+class PlanFigures:
     """What a plan takes and loses; means are over layers, kept ones at 16 bits; KL in nats/token."""
 
     total_bytes: int
@@ -334,7 +334,7 @@ class MeasuredPlan:
     standard_error: float
 
     @classmethod
-    def of(cls, plan: Plan) -> MeasuredPlan:
+    def of(cls, plan: Plan) -> PlanFigures:
         """From a plan with its verification."""
         layers, found = plan.layers.values(), plan.verification
         assert found is not None
@@ -353,8 +353,8 @@ class Comparison:
     """A strategy and the optimum of at most as many bytes, measured on the same windows."""
 
     strategy: str
-    plan: MeasuredPlan
-    optimum: MeasuredPlan
+    plan: PlanFigures
+    optimum: PlanFigures
 
     @property
     def saved(self) -> float:
@@ -385,7 +385,7 @@ def compare_strategies(
     loaded = original_of(plans[0], device, None)
     with TemporaryDirectory(prefix="bitrank-compare-") as folder:
         done = verified(loaded, profile, [*plans, *optima], Path(folder), progress, swaps=0)
-    measured = [MeasuredPlan.of(plan) for plan in done]
+    measured = [PlanFigures.of(plan) for plan in done]
     return [
         Comparison(name, measured[index], measured[index + len(plans)])
         for index, name in enumerate(strategies)
@@ -442,11 +442,11 @@ def recover_checkpoint(
     import torch
 
     from compressor.linear import CompressedLinear
-    from compressor.recovery import recover
     from compressor.worker import check_output
     from profiler.calibration import sample_tokens, text_tokens, tokens_sha256
     from profiler.checkpoint import ModelError, find_model, weights_sha256
     from profiler.layers import load_model
+    from profiler.recovery import recover
 
     check_output(output)
     ref, original = find_model(str(path)), find_model(reference)

@@ -45,7 +45,7 @@ from profiler.recalibration import (
     recalibrate,
 )
 from profiler.stream import block_works
-from profiler.trial import BATCH_ON_CUDA, _weight, measure_trials, trial_of
+from profiler.trial import BATCH_ON_CUDA, measure_trials, trial_of, trial_weight
 
 PLANS = 40
 PROBE = Option(3, 0, 64, 0)
@@ -120,7 +120,7 @@ def scores(profile: Profile, device: str, wanted: dict[str, set[Option]], folder
             signal, norm = ((w_OI @ hessian_II) * w_OI).sum().item(), w_OI.square().sum().item()
             for option in wanted[work.name]:
                 key = (work.name, option)
-                delta_OI = _weight(opened, layer_of[work.name], option, folder).to(w_OI.device) - w_OI
+                delta_OI = trial_weight(opened, layer_of[work.name], option, folder).to(w_OI.device) - w_OI
                 output_OO = delta_OI @ hessian_II @ delta_OI.T
                 trace = output_OO.trace().item()
                 add("weight error", key, delta_OI.square().sum().item() / norm)
@@ -139,7 +139,7 @@ def scores(profile: Profile, device: str, wanted: dict[str, set[Option]], folder
         w_OI = opened.weight(layer_of[name])
         noise_OI = torch.randn(w_OI.shape, generator=generator, device=w_OI.device)
         noisy.append({name: w_OI + noise_OI * NOISE * w_OI.norm() / noise_OI.norm()})
-        probed.append({name: _weight(opened, layer_of[name], PROBE, folder)})
+        probed.append({name: trial_weight(opened, layer_of[name], PROBE, folder)})
     probe_NT = profile.probe_tokens()
     slope = layer_kls(opened, probe_NT, noisy, folder)
     alone = layer_kls(opened, probe_NT, probed, folder)

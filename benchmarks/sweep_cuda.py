@@ -29,10 +29,10 @@ from profiler.run import (
     ProfileSettings,
     begin_profile,
     open_run,
-    prepare,
     read_sweep,
     sweep_block,
 )
+from profiler.workspace import prepare
 
 GIB = 2**30
 

@@ -79,10 +79,9 @@ class _Contest:
         best = _best(kl_PN[:count])
         points = [(size, kl_N) for (size, _), kl_N in zip(self.uniform, kl_PN[count:], strict=True)]
         found = _against_uniform(kl_PN[best], points, choice_bytes(menu, self.candidates[best]))
-        tokens = profile.probe_tokens()
         verification = Verification(
             text="held-back calibration windows",
-            tokens=tokens.numel() - len(tokens),
+            tokens=kl_PN.shape[1] * (profile.document.calibration.window_tokens - 1),
             measured_kl=kl_PN[best].mean().item(),
             standard_error=_standard_error(kl_PN[best]),
             uniform_kl=found.uniform_kl,

@@ -8,9 +8,10 @@ Uniform probes say how the prediction falls short where every layer has the same
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -20,27 +21,18 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from allocator.atomic import write_atomically
-from allocator.exclusive import LOCK, alone
+from allocator.exclusive import alone
 from allocator.problem import Integers, Menu
 from allocator.strategies import choice_bytes, disturbed
 from profiler.calibration import Progress, tokens_sha256
 from profiler.class_gains import Floats, fit_class_gains, one_gain, option_class
-from profiler.companion import FidelityDocument, SpectrumDocument
 from profiler.gain import CONFIDENCE, Gain
 from profiler.layers import LoadedModel
 from profiler.profile import Agreement, MeasuredPlan, Profile, ProfileError, load_profile
 from profiler.trial import measure_trials, trial_of
+from profiler.workspace import MEASURED, is_finished, prepare
 
 FEWEST_PLANS = 10
-REQUEST = "calibrated.txt"
-"""What a directory was asked to hold: the digests of profile and text, and the settings."""
-KEPT = (
-    "measurements.parquet",
-    "calibration.safetensors",
-    FidelityDocument.file_name,
-    SpectrumDocument.file_name,
-)
-"""Files of the profile that stay as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +71,14 @@ def recalibrate(
             f"{profile.path} has {different} different plans between {settings.low_bpw} and {settings.high_bpw} bits"
             " per weight, too few to fit gains to; measure more plans, or profile the model with more options"
         )
-    request = f"{profile.sha256} {settings} {tokens_sha256(tokens_NT)}"
-    if (output / "profile.json").exists() and _asked(output) == request:
+    text = tokens_sha256(tokens_NT)
+    request = json.dumps(
+        {"profile": profile.sha256, "text": text, "settings": asdict(settings)}, sort_keys=True
+    )
+    if is_finished(output, request):
         return load_profile(output)
-    _check_free(output)
     with alone(output):
-        work = _prepared(output, request)
+        work = prepare(output, request)
         trials = [trial_of(profile.menu, choice) for choice in choices]
         kl_PN = measure_trials(loaded, profile.calibration_tokens(), tokens_NT, trials, work, progress)
         _write(profile, choices, kl_PN, output)
@@ -142,7 +136,7 @@ def _write(profile: Profile, choices: Sequence[Integers], kl_PN: Tensor, output:
             ),
         }
     )
-    for file in (profile.path / name for name in KEPT):
+    for file in (profile.path / name for name in MEASURED):
         if file.exists():
             write_atomically(output / file.name, file.read_bytes())
     write_atomically(output / "profile.json", (document.model_dump_json(indent=1) + "\n").encode())
@@ -160,30 +154,3 @@ def agreement(y_P: Floats, log_ratio_P: Floats, before_P: Floats, width: float) 
         median_log_ratio_before=float(np.median(np.abs(before_P))),
         coverage=float((np.abs(log_ratio_P) <= width).mean()),
     )
-
-
-def _check_free(output: Path) -> None:
-    """Raise `ProfileError` unless `output` is empty, missing, or holds an unfinished calibration."""
-    if output.exists() and not (output.is_dir() and all(map(_is_unfinished, output.iterdir()))):
-        raise ProfileError(f"{output} already exists and is not empty; choose another directory or remove it")
-
-
-def _is_unfinished(file: Path) -> bool:
-    return file.name in (".work", LOCK, REQUEST, *KEPT) or file.suffix == ".tmp"
-
-
-def _prepared(output: Path, request: str) -> Path:
-    """The work folder of this request, emptied of any other's and of files a killed run was writing."""
-    work = output / ".work"
-    for temporary in output.glob(".*.tmp"):
-        temporary.unlink()
-    if _asked(output) != request:
-        shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / REQUEST, request.encode())
-    return work
-
-
-def _asked(output: Path) -> str | None:
-    file = output / REQUEST
-    return file.read_text() if file.exists() else None

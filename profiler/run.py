@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from allocator.atomic import write_atomically
-from allocator.exclusive import LOCK, alone
+from allocator.exclusive import alone
 from allocator.plan import PlanModel
 from allocator.storage import Option
 from compressor.decompose import ROUNDS
@@ -44,7 +44,6 @@ from profiler.calibration import (
     tokens_sha256,
 )
 from profiler.checkpoint import DEMO, DEMO_PATH, ModelRef, check_uncompressed, weights_sha256
-from profiler.companion import FidelityDocument, SpectrumDocument
 from profiler.dossier import write_dossier
 from profiler.error_model import fit_error_model
 from profiler.gain import Probe, calibrate
@@ -59,10 +58,10 @@ from profiler.profile import (
     LayerRecord,
     Profile,
     ProfileDocument,
-    ProfileError,
     load_profile,
 )
 from profiler.sweep import LayerSweep, default_ranks, sweep_moment
+from profiler.workspace import is_finished, prepare
 
 DEFAULT_TOKENS = 40_960
 PROBE_SHARE = 5
@@ -195,7 +194,9 @@ def open_run(ref: ModelRef, output: Path, settings: ProfileSettings) -> ProfileR
 def begin_profile(run: ProfileRun, progress: Progress) -> None:
     """Tokens, gradient moments and every block's inputs into `run.work`, unless there. One process at a time."""
     given_NT, _ = run.given
-    prepare(run.output, run.request)
+    work = prepare(run.output, run.request)
+    for part in ("layers", "probes"):
+        (work / part).mkdir(exist_ok=True)
     if given_NT is None:
         sampled_tokens(run.loaded.ref, run.settings, run.work, progress)
     gradient_statistics(run.loaded, run.fitting_tokens, run.settings.seed, run.inputs, run.work, progress)
@@ -293,46 +294,6 @@ def _bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise CalibrationError(f"cannot read {path} ({error.strerror}); give a UTF-8 text file") from error
-
-
-def is_finished(output: Path, request: str) -> bool:
-    """Whether `output` holds the profile asked for; raises `ProfileError` when it holds anything else."""
-    asked = output / "request.json"
-    if (output / "profile.json").exists():
-        if asked.exists() and asked.read_text() == request:
-            return True
-        raise ProfileError(f"{output} already holds another profile; choose another directory or remove it")
-    if output.exists() and not (output.is_dir() and all(map(_is_unfinished, output.iterdir()))):
-        raise ProfileError(f"{output} already exists and is not empty; choose another directory or remove it")
-    return False
-
-
-def _is_unfinished(file: Path) -> bool:
-    return file.name in _UNFINISHED or file.suffix == ".tmp"
-
-
-def prepare(output: Path, request: str) -> Path:
-    """The work folder for this request, emptied of any other's and of files a killed run was writing."""
-    work, asked = output / ".work", output / "request.json"
-    for temporary in output.glob(".*.tmp"):
-        temporary.unlink()
-    if not asked.exists() or asked.read_text() != request:
-        shutil.rmtree(work, ignore_errors=True)
-    (work / "layers").mkdir(parents=True, exist_ok=True)
-    (work / "probes").mkdir(exist_ok=True)
-    write_atomically(asked, request.encode())
-    return work
-
-
-_UNFINISHED = {
-    ".work",
-    LOCK,
-    "request.json",
-    "calibration.safetensors",
-    "measurements.parquet",
-    FidelityDocument.file_name,
-    SpectrumDocument.file_name,
-}
 
 
 def given_tokens(loaded: LoadedModel, settings: ProfileSettings) -> tuple[Tensor | None, str]:

@@ -82,20 +82,24 @@ def sweep_moment(
     for shape in sorted({(layer.rows, layer.columns) for layer in moment.layers}):
         members = [layer for layer in moment.layers if (layer.rows, layer.columns) == shape]
         bench = _Bench(loaded, curvature, members, grid, keep, rounds)
-        missing = {layer.name: bench.first(layer, adaptive) for layer in members}
-        while any(missing.values()):
-            bench.measure([(layer, option) for layer in members for option in missing[layer.name]])
-            missing = {layer.name: bench.still_wide(layer) for layer in members}
+        jobs = bench.first(adaptive)
+        while jobs:
+            bench.measure(jobs)
+            jobs = bench.still_wide()
         for layer in members:
-            signal = bench.signal[layer.name]
+            signal, predicted = bench.signal[layer.name], bench.corrected(layer)
+            estimates = [predicted.estimate(option) for option in bench.left(layer)] if predicted else []
             yield LayerSweep(
                 layer=layer,
-                measurements=tuple(sorted(bench.table(layer), key=lambda m: m.option)),
+                measurements=tuple(sorted(bench.found[layer.name] + estimates, key=lambda m: m.option)),
                 signal=signal,
                 sensitivity=0.5 * gradient_moments[layer.name].mean().item() * signal,
                 tokens=moment.count,
-                leave_one_out=bench.leave_one_out(layer),
+                leave_one_out=predicted.leave_one_out if predicted else None,
             )
+
+
+Job = tuple[Layer, Option]
 
 
 class _Bench:
@@ -110,9 +114,10 @@ class _Bench:
         keep: Callable[[Layer, Decomposition], None],
         rounds: int,
     ) -> None:
-        self.curvature, self.keep, self.rounds = curvature, keep, rounds
+        self.curvature, self.members, self.keep, self.rounds = curvature, members, keep, rounds
         self.elements = elements_in_flight(loaded)
-        self.options = {layer.name: grid.options(layer) for layer in members}
+        self.options = grid.options(members[0])
+        self.formed, self.spectrum = predictable(self.options), spectrum_option(self.options)
         self.weights = {layer.name: loaded.weight(layer) for layer in members}
         self.signal = {
             name: squared_error(w_OI, w_OI * 0, curvature.hessian_II) for name, w_OI in self.weights.items()
@@ -120,11 +125,11 @@ class _Bench:
         self.found: dict[str, list[Measurement]] = {layer.name: [] for layer in members}
         self.forms: dict[str, ClosedForm | None] = {}
 
-    def first(self, layer: Layer, adaptive: bool) -> list[Option]:
-        options = self.options[layer.name]
-        return first_measured(options) if adaptive else options
+    def first(self, adaptive: bool) -> list[Job]:
+        options = first_measured(self.options) if adaptive else self.options
+        return [(layer, option) for layer in self.members for option in options]
 
-    def measure(self, jobs: Sequence[tuple[Layer, Option]]) -> None:
+    def measure(self, jobs: Sequence[Job]) -> None:
         stream = decompose(
             [self.weights[layer.name] for layer, _ in jobs],
             self.curvature,
@@ -136,35 +141,30 @@ class _Bench:
             layer, option = jobs[p]
             self.keep(layer, decomposition)
             w_OI, dense_OI = self.weights[layer.name], decomposition.dense()
+            signal = self.signal[layer.name]
             error = squared_error(w_OI, dense_OI, self.curvature.hessian_II)
-            self.found[layer.name].append(Measurement(option, error / max(self.signal[layer.name], 1e-30)))
-            if option == spectrum_option(self.options[layer.name]):
-                self.forms[layer.name] = self._form(layer, w_OI - dense_OI)
+            self.found[layer.name].append(Measurement(option, error / max(signal, 1e-30)))
+            if option == self.spectrum:
+                ranks = sorted({option.rank for option in self.options} - {0})
+                form = ClosedForm.of(w_OI, w_OI - dense_OI, self.curvature, signal, ranks)
+                self.forms[layer.name] = form
 
-    def _form(self, layer: Layer, residual_OI: Tensor) -> ClosedForm | None:
-        ranks = sorted({option.rank for option in self.options[layer.name]} - {0})
-        name = layer.name
-        return ClosedForm.of(self.weights[name], residual_OI, self.curvature, self.signal[name], ranks)
-
-    def still_wide(self, layer: Layer) -> list[Option]:
-        """Options that are neither measured nor predicted well enough; without a closed form, all that are left."""
+    def left(self, layer: Layer) -> list[Option]:
+        """What was not measured."""
         found = {m.option for m in self.found[layer.name]}
-        left = [option for option in self.options[layer.name] if option not in found]
-        predicted = self._corrected(layer)
-        return [o for o in left if predicted is None or predicted.estimate(o).half_width > WIDE]
+        return [option for option in self.options if option not in found]
 
-    def table(self, layer: Layer) -> list[Measurement]:
-        """What was measured, and predictions of the rest."""
-        found, predicted = self.found[layer.name], self._corrected(layer)
-        known = {m.option for m in found}
-        left = [option for option in self.options[layer.name] if option not in known]
-        return [*found, *(predicted.estimate(option) for option in left if predicted)]
+    def still_wide(self) -> list[Job]:
+        """What is neither measured nor predicted well enough; without a closed form, all that is left of a layer."""
+        jobs: list[Job] = []
+        for layer in self.members:
+            if left := self.left(layer):
+                predicted = self.corrected(layer)
+                wide = [o for o in left if predicted is None or predicted.estimate(o).half_width > WIDE]
+                jobs += [(layer, option) for option in wide]
+        return jobs
 
-    def leave_one_out(self, layer: Layer) -> float | None:
-        predicted = self._corrected(layer)
-        return predicted.leave_one_out if predicted else None
-
-    def _corrected(self, layer: Layer) -> Corrected | None:
-        form, formed = self.forms.get(layer.name), predictable(self.options[layer.name])
-        usable = [m for m in self.found[layer.name] if m.option in formed]
+    def corrected(self, layer: Layer) -> Corrected | None:
+        form, found = self.forms.get(layer.name), self.found[layer.name]
+        usable = [m for m in found if m.option in self.formed]
         return corrected(form, usable) if form and len(usable) > 1 else None

@@ -62,7 +62,7 @@ def measure_trials(
         row = folder / f"{index}.kl.safetensors"
         if not row.exists():
             with loaded.replacing(
-                lambda layer, trial=trial: _weight(loaded, layer, trial[layer.name], folder)
+                lambda layer, trial=trial: trial_weight(loaded, layer, trial[layer.name], folder)
             ):
                 found_N5 = compare(loaded.model, reference, tokens_NT, batch=batch)
             write_atomically(row, save({"kl_N": found_N5[:, 0].contiguous()}))
@@ -88,7 +88,7 @@ def _carry_out(block: BlockWork, wanted: Mapping[str, list[Option]], folder: Pat
             write_atomically(_file(folder, work.name, options[p]), save(layer_tensors(found)))
 
 
-def _weight(loaded: LoadedModel, layer: Layer, option: Option, folder: Path) -> Tensor:
+def trial_weight(loaded: LoadedModel, layer: Layer, option: Option, folder: Path) -> Tensor:
     if option.bits == KEEP_BITS:
         return loaded.weight(layer)
     compressed = CompressedLinear(layer.rows, layer.columns, option, bias=False)

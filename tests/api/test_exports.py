@@ -248,6 +248,7 @@ def test_a_format_that_cannot_carry_ranks_is_refused(bitrank: CommandLine, road:
 def test_a_strategy_that_the_target_does_not_offer_is_refused(bitrank: CommandLine, road: Road) -> None:
     outcome = bitrank("plan", road.profile, "--strategy", "uniform:3", "--target", "vllm")
     said(outcome, 2, "does not offer 3 bits", "it offers")
+    assert not (bitrank.folder / "plan.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,7 @@ def test_a_cell_of_the_plan_shows_its_layer_s_curve(page: Page) -> None:
     cell.click(force=True)
     expect(page.locator("#curves .plot > svg")).to_have_attribute("aria-label", re.compile(r"layers\.1\."))
     page.wait_for_function("location.search.includes('layers.1.')")
+    assert "layers.1." in page.url
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -343,6 +344,7 @@ def test_a_service_with_keys_asks_for_one_and_keeps_it_in_the_tab(
     expect(page.get_by_role("dialog")).to_have_count(0)
     page.get_by_role("button", name="Keep this plan").click()
     expect(page.get_by_role("alert")).to_contain_text("lacks the scope")
+    assert key not in page.url
     page.context.close()
     process.stop()
 

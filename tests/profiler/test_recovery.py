@@ -15,7 +15,13 @@ from allocator.storage import Option
 from api.usecases import execute, plan_budget
 from compressor.decompose import Curvature, decompose
 from compressor.linear import CompressedLinear, layer_tensors
-from compressor.recovery import (
+from compressor.worker import WorkError
+from profiler.calibration import silent
+from profiler.checkpoint import find_model
+from profiler.evaluation import live_logits, measure
+from profiler.layers import LoadedModel, load_model
+from profiler.profile import Profile
+from profiler.recovery import (
     SAVED_EVERY,
     RecoverySettings,
     TrainableLinear,
@@ -23,12 +29,6 @@ from compressor.recovery import (
     learning_rate,
     recover,
 )
-from compressor.worker import WorkError
-from profiler.calibration import silent
-from profiler.checkpoint import find_model
-from profiler.evaluation import live_logits, measure
-from profiler.layers import LoadedModel, load_model
-from profiler.profile import Profile
 
 SHORT = RecoverySettings(steps=40, windows=2)
 OPTIONS = [

@@ -30,6 +30,8 @@ from allocator.storage import KEEP_BITS
 from compressor.linear import CompressedLinear, left_name, matrix_names
 from compressor.packing import unpack
 from compressor.worker import AUXILIARY, check_output, put_in_place, with_metadata
+from profiler.calibration import Progress
+from profiler.evaluation import divergence
 
 STATE = "recovery.safetensors"
 SAVED_EVERY = 25
@@ -150,7 +152,7 @@ def recover(
     source: Path,
     output: Path,
     settings: RecoverySettings,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     request: str,
 ) -> None:
     """Train the scales of `student`, the model of the checkpoint in `source`, and write the checkpoint with them.
@@ -176,7 +178,7 @@ def train(
     tokens_NT: Tensor,
     state: Path,
     settings: RecoverySettings,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     request: str,
 ) -> None:
     """Adam on every δ; `state` holds what an interrupted run of the same request goes on from."""
@@ -186,7 +188,9 @@ def train(
     for step in range(done, settings.steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
         window_NT = tokens_NT[chosen_windows(step, len(tokens_NT), settings)]
-        loss = divergence(teacher(window_NT), student(window_NT, use_cache=False).logits)
+        log_p_NTV = teacher(window_NT).float().log_softmax(-1)
+        log_q_NTV = student(window_NT, use_cache=False).logits.float().log_softmax(-1)
+        loss = divergence(log_p_NTV, log_q_NTV).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -207,12 +211,6 @@ def chosen_windows(step: int, count: int, settings: RecoverySettings) -> Tensor:
     epoch, batch = divmod(step, count // windows)
     generator = torch.Generator().manual_seed(settings.seed + epoch)
     return torch.randperm(count, generator=generator)[batch * windows :][:windows]
-
-
-def divergence(reference_NTV: Tensor, logits_NTV: Tensor) -> Tensor:
-    """KL(reference ‖ logits), the mean over tokens, nats."""
-    log_p_NTV, log_q_NTV = reference_NTV.float().log_softmax(-1), logits_NTV.float().log_softmax(-1)
-    return (log_p_NTV.exp() * (log_p_NTV - log_q_NTV)).sum(-1).mean()
 
 
 def _save(
