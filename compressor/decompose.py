@@ -1,12 +1,16 @@
 """W ≈ Q + L·R for one option or many: GPTQ and low-rank factors in turn.
 
-What lives here: the alternation and its error. Shapes: P problems, O rows, I columns; every problem is one option
-for one matrix, all of one shape and under one Hessian, so that one column loop serves them all.
+What lives here: the alternation and its error. Shapes: P problems, O rows, I columns, r rank; every problem is one
+option for one matrix, all of one shape and under one Hessian H = SSᵀ, so that one column loop serves them all.
 
 Each round fits factors to W − Q, then quantizes W − LR (Li et al., LoftQ, arXiv 2310.08659; Saha et al., CALDERA,
-arXiv 2405.18886, with H in both steps). The best round is kept; a problem stops when a round gains under 1 %. It is
-tried from two starts, since neither always wins: from Q of W, which improves over several rounds, and from Q of
-W − L·R with L·R the best low-rank part of W itself, which is at its fixed point after one.
+arXiv 2405.18886, with H in both steps). A search ends when a refit gains under 1 %; the best pair is kept. It is tried
+from two starts, since neither always wins: from Q of W, which improves over several rounds, and from Q of W − L·R with
+L·R the best low-rank part of W itself, which is at its fixed point after one. The second is tried only where it can
+win, and that can be foretold: GPTQ's output error is Σ d_i e_oi² over its rounding errors, d the pivots of H (QuIP,
+arXiv 2307.13304), and those are as large as the range of their group.
+
+One product by S a round gives the error, tr((W − Q − LR) H (W − Q − LR)ᵀ) = ‖(W − Q)S − L(RS)‖², and the next factors.
 """
 
 from __future__ import annotations
@@ -20,8 +24,16 @@ from torch import Tensor
 from allocator.errors import BitrankError
 from allocator.storage import KEEP_BITS, Option
 from compressor.gptq import gptq, inverse_factor
-from compressor.grid import Quantized
-from compressor.lowrank import Factors, factorize, square_root
+from compressor.grid import Quantized, group_ranges, grouped
+from compressor.lowrank import (
+    Factors,
+    dense,
+    factorize,
+    leading_directions,
+    sharpened,
+    square_root,
+    through,
+)
 from compressor.precision import tensor_cores
 
 ROUNDS = 4
@@ -45,6 +57,10 @@ class Curvature:
     @classmethod
     def of(cls, hessian_II: Tensor) -> Curvature:
         return cls(hessian_II.float(), square_root(hessian_II), inverse_factor(hessian_II))
+
+    def pivots(self) -> Tensor:
+        """d (I,): H = L diag(d) Lᵀ with unit triangular L; what an error costs after later columns made it good."""
+        return self.factor_II.diagonal().square().reciprocal()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,97 +106,226 @@ def decompose(
     in flight. Raises `RankError` for a rank above min(O, I).
     """
     rows, columns = weights[0].shape
+    assert all(option.bits != KEEP_BITS for option in options)
     for option in options:
         if option.rank > min(rows, columns):
             raise RankError(
                 f"rank {option.rank} exceeds the smaller side of a {rows} × {columns} matrix;"
                 f" use at most {min(rows, columns)}"
             )
+    problems = [_Problem(p, *both) for p, both in enumerate(zip(weights, options, strict=True))]
+    plain = [problem for problem in problems if problem.option.rank == 0]
+    low_rank = [problem for problem in problems if problem.option.bits == 0]
+    mixed = [problem for problem in problems if problem.option.bits and problem.option.rank]
+    starts: dict[_Start, Quantized | None] = {problem.start: None for problem in mixed}
     batch = max(1, elements // (rows * columns))
-    for members in (_plain(options), _low_rank(options), _mixed(options)):
-        for first in range(0, len(members), batch):
-            chunk = members[first : first + batch]
-            w_POI = torch.stack([weights[p] for p in chunk])
-            yield from zip(
-                chunk, _decompose_batch(w_POI, curvature, [options[p] for p in chunk], rounds), strict=True
-            )
+    for chunk in _batches(plain, batch):
+        for problem, quantized in zip(chunk, _quantized_of(chunk, curvature), strict=True):
+            if problem.start in starts:
+                starts[problem.start] = quantized
+            yield problem.place, Decomposition(problem.option, quantized, None)
+    for chunk in _batches(low_rank, batch):
+        for problem, part in zip(chunk, _low_rank_parts(chunk, curvature), strict=True):
+            yield problem.place, Decomposition(problem.option, None, part.factors)
+    for chunk in _batches(mixed, batch):
+        yield from ((s.problem.place, s.best) for s in _alternate(chunk, curvature, starts, rounds))
 
 
-def _plain(options: Sequence[Option]) -> list[int]:
-    return [p for p, option in enumerate(options) if option.rank == 0]
+_Start = tuple[int, int, int]
 
 
-def _low_rank(options: Sequence[Option]) -> list[int]:
-    return [p for p, option in enumerate(options) if option.bits == 0]
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """One matrix (O, I) under one option; `place` is where the caller put it."""
+
+    place: int
+    weight_OI: Tensor
+    option: Option
+
+    @property
+    def start(self) -> _Start:
+        """What Q of W depends on."""
+        return id(self.weight_OI), self.option.bits, self.option.group_size
 
 
-def _mixed(options: Sequence[Option]) -> list[int]:
-    return [p for p, option in enumerate(options) if option.bits and option.rank]
+def _batches(problems: Sequence[_Problem], size: int) -> Iterator[Sequence[_Problem]]:
+    return (problems[first : first + size] for first in range(0, len(problems), size))
 
 
-def _decompose_batch(
-    w_POI: Tensor, curvature: Curvature, options: Sequence[Option], rounds: int
-) -> list[Decomposition]:
-    """One batch, all plain, all pure low rank, or all mixed."""
-    assert all(option.bits != KEEP_BITS for option in options)
-    if options[0].bits == 0:
-        factors = _factors_of(w_POI, curvature, options)
-        return [Decomposition(o, None, f) for o, f in zip(options, factors, strict=True)]
-    quantized = _quantized_of(w_POI, curvature, options)
-    if options[0].rank == 0:
-        return [Decomposition(o, q, None) for o, q in zip(options, quantized, strict=True)]
-    from_q = _alternate(w_POI, curvature, options, quantized, rounds)
-    product_POI = torch.stack([f.product() for f in _factors_of(w_POI, curvature, options)])
-    from_lr = _alternate(w_POI, curvature, options, _quantized_of(w_POI - product_POI, curvature, options), 1)
-    return [min(pair, key=lambda found: found[0])[1] for pair in zip(from_q, from_lr, strict=True)]
+def _quantized_of(problems: Sequence[_Problem], curvature: Curvature) -> list[Quantized]:
+    """Q of W."""
+    return _gptq([problem.weight_OI for problem in problems], problems, curvature)
 
 
-def _alternate(
-    w_POI: Tensor,
-    curvature: Curvature,
-    options: Sequence[Option],
-    quantized: list[Quantized],
-    rounds: int,
-) -> list[tuple[float, Decomposition]]:
-    """The least squared output error found from this start, and its decomposition."""
-    best = [Decomposition(option, None, None) for option in options]
-    least = [float("inf")] * len(options)
-
-    def gain(p: int, q: Quantized, factors: Factors, product_OI: Tensor) -> bool:
-        """Keep this pair if it is the best so far; whether it is better by `LEAST_GAIN`."""
-        error = squared_error(w_POI[p], q.dequantize() + product_OI, curvature.hessian_II)
-        enough = error < least[p] * (1 - LEAST_GAIN)
-        if error < least[p]:
-            least[p], best[p] = error, Decomposition(options[p], q, factors)
-        return enough
-
-    active = list(range(len(options)))
-    for _ in range(rounds):
-        residual_POI = torch.stack([w_POI[p] - quantized[p].dequantize() for p in active])
-        factors = dict(
-            zip(active, _factors_of(residual_POI, curvature, [options[p] for p in active]), strict=True)
-        )
-        product = {p: factors[p].product() for p in active}
-        active = [p for p in active if gain(p, quantized[p], factors[p], product[p])]
-        if not active:
-            break
-        remainder_POI = torch.stack([w_POI[p] - product[p] for p in active])
-        requantized = _quantized_of(remainder_POI, curvature, [options[p] for p in active])
-        for p, q in zip(active, requantized, strict=True):
-            quantized[p] = q
-            gain(p, q, factors[p], product[p])
-    return list(zip(least, best, strict=True))
-
-
-def _quantized_of(w_POI: Tensor, curvature: Curvature, options: Sequence[Option]) -> list[Quantized]:
+def _gptq(targets: Sequence[Tensor], problems: Sequence[_Problem], curvature: Curvature) -> list[Quantized]:
+    options = [problem.option for problem in problems]
+    w_POI = torch.stack(list(targets))
     return gptq(w_POI, curvature.factor_II, [o.bits for o in options], [o.group_size for o in options])
 
 
-def _factors_of(residual_POI: Tensor, curvature: Curvature, options: Sequence[Option]) -> list[Factors]:
-    return factorize(
-        residual_POI,
-        curvature.root_II,
-        curvature.factor_II,
-        [o.rank for o in options],
-        [o.factor_bits for o in options],
+def _alternate(
+    problems: Sequence[_Problem], curvature: Curvature, starts: dict[_Start, Quantized | None], rounds: int
+) -> list[_Search]:
+    """Both starts of every problem; those that lack a Q of W to start from are given one."""
+    searches = [_Search(problem) for problem in problems]
+    _stand_on_starts(searches, curvature, starts)
+    _refit(searches, curvature)
+    active = searches
+    for _ in range(rounds - 1):
+        if not (active := [search for search in active if search.gained]):
+            break
+        _requantize(active, curvature)
+        _sharpen(active)
+        _refit(active, curvature)
+    if again := _restarted(searches, _low_rank_parts(problems, curvature), curvature):
+        _requantize(again, curvature)
+        _consider(again, curvature)
+        _sharpen(again)
+        _refit(again, curvature)
+        _requantize(again, curvature)
+        _consider(again, curvature)
+    return searches
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Factors found along orthonormal directions (O, r)."""
+
+    factors: Factors
+    direction_Or: Tensor
+
+
+class _Search:
+    """The Q and L·R that a problem stands at, and the best pair so far."""
+
+    def __init__(self, problem: _Problem) -> None:
+        self.problem, self.option = problem, problem.option
+        self.best = Decomposition(problem.option, None, None)
+        self.least = self.error = self.plain_error = float("inf")
+        self.gained = False
+
+    def stand_on(self, quantized: Quantized, residual_OI: Tensor, weighted_OI: Tensor) -> None:
+        """Q, W − Q and (W − Q)S."""
+        self.quantized, self.residual_OI, self.weighted_OI = quantized, residual_OI, weighted_OI
+
+    def measured(self, curvature: Curvature) -> Tensor:
+        """‖(W − Q)S − L(RS)‖²."""
+        weighted_right_rI = through(dense(self.factors.right_rI), curvature.root_II)
+        left_Or = dense(self.factors.left_rO).T
+        with tensor_cores():
+            return torch.addmm(self.weighted_OI, left_Or, weighted_right_rI, alpha=-1).square_().sum()
+
+    def ranges(self, w_OI: Tensor, curvature: Curvature) -> Tensor:
+        """The squared ranges of all groups, each times the pivots of its columns."""
+        pivot_1G = grouped(curvature.pivots()[None], self.option.group_size).sum(dim=2)
+        return (group_ranges(w_OI, self.option.group_size).square_() * pivot_1G).sum()
+
+
+def _restarted(searches: Sequence[_Search], parts: Sequence[_Part], curvature: Curvature) -> list[_Search]:
+    """Searches where Q of W − LR, L·R the best low-rank part of W, may leave the least error; they take up that L·R."""
+    left = torch.stack(
+        [
+            s.ranges(s.problem.weight_OI - part.factors.product(), curvature)
+            for s, part in zip(searches, parts, strict=True)
+        ]
     )
+    whole = torch.stack([s.ranges(s.problem.weight_OI, curvature) for s in searches])
+    again = []
+    for search, part, rest, all_of_it in zip(searches, parts, left.tolist(), whole.tolist(), strict=True):
+        if search.plain_error * rest < worth_trying(search.option.bits) * search.least * all_of_it:
+            search.factors, search.direction_Or = part.factors, part.direction_Or
+            again.append(search)
+    return again
+
+
+def worth_trying(bits: int) -> float:
+    """Error foretold of the second start, over the first's, up to which it is tried: coarse grids clip, tell less."""
+    return 1 + 0.4 * 2 ** (2 - bits)
+
+
+def _stand_on_starts(
+    searches: Sequence[_Search], curvature: Curvature, starts: dict[_Start, Quantized | None]
+) -> None:
+    """Q of W, its error and its leading directions, which problems that differ in their factors alone share."""
+    alike: dict[_Start, list[_Search]] = {}
+    for search in searches:
+        alike.setdefault(search.problem.start, []).append(search)
+    if missing := [group[0].problem for start, group in alike.items() if starts[start] is None]:
+        for problem, quantized in zip(missing, _quantized_of(missing, curvature), strict=True):
+            starts[problem.start] = quantized
+    for start, group in alike.items():
+        quantized = starts[start]
+        assert quantized is not None
+        residual_OI = group[0].problem.weight_OI - quantized.dequantize()
+        weighted_OI = through(residual_OI, curvature.root_II)
+        plain_error = weighted_OI.square().sum().item()
+        direction_Or = leading_directions(weighted_OI[None], max(s.option.rank for s in group))[0]
+        for search in group:
+            search.stand_on(quantized, residual_OI, weighted_OI)
+            search.plain_error = plain_error
+            search.direction_Or = direction_Or[:, : search.option.rank]
+
+
+def _refit(searches: Sequence[_Search], curvature: Curvature) -> None:
+    """Factors of W − Q along the present directions."""
+    for bits in sorted({s.option.factor_bits for s in searches}):
+        members = [s for s in searches if s.option.factor_bits == bits]
+        residuals, directions = [s.residual_OI for s in members], [s.direction_Or for s in members]
+        found = factorize(residuals, directions, curvature.factor_II, bits)
+        for search, factors in zip(members, found, strict=True):
+            search.factors = factors
+    before = [search.error for search in searches]
+    _consider(searches, curvature)
+    for search, error in zip(searches, before, strict=True):
+        search.gained = search.error < error * (1 - LEAST_GAIN)
+
+
+def _requantize(searches: Sequence[_Search], curvature: Curvature) -> None:
+    """Q of W − LR."""
+    problems = [s.problem for s in searches]
+    rests = [s.problem.weight_OI - s.factors.product() for s in searches]
+    for search, quantized in zip(searches, _gptq(rests, problems, curvature), strict=True):
+        residual_OI = search.problem.weight_OI - quantized.dequantize()
+        search.stand_on(quantized, residual_OI, through(residual_OI, curvature.root_II))
+
+
+def _sharpen(searches: Sequence[_Search]) -> None:
+    """Directions a step nearer to the leading ones of (W − Q)S: the last round's are near already."""
+    for rank in sorted({s.option.rank for s in searches}):
+        members = [s for s in searches if s.option.rank == rank]
+        weighted_POI = torch.stack([s.weighted_OI for s in members])
+        direction_POr = sharpened(weighted_POI, torch.stack([s.direction_Or for s in members]))
+        for search, direction_Or in zip(members, direction_POr, strict=True):
+            search.direction_Or = direction_Or
+
+
+def _consider(searches: Sequence[_Search], curvature: Curvature) -> None:
+    """Measure where they stand, and keep what is the best so far."""
+    errors = torch.stack([search.measured(curvature) for search in searches]).tolist()
+    for search, error in zip(searches, errors, strict=True):
+        search.error = error
+        if error < search.least:
+            search.least = error
+            search.best = Decomposition(search.option, search.quantized, search.factors)
+
+
+def _low_rank_parts(problems: Sequence[_Problem], curvature: Curvature) -> list[_Part]:
+    """The best low-rank part of every W; what options share is found once."""
+    largest: dict[int, int] = {}
+    for problem in problems:
+        key = id(problem.weight_OI)
+        largest[key] = max(problem.option.rank, largest.get(key, 0))
+    directions: dict[int, Tensor] = {}
+    parts: dict[tuple[int, int, int], _Part] = {}
+    found = []
+    for problem in problems:
+        w_OI, option, key = problem.weight_OI, problem.option, id(problem.weight_OI)
+        if key not in directions:
+            directions[key] = leading_directions(through(w_OI, curvature.root_II)[None], largest[key])[0]
+        cut = key, option.rank, option.factor_bits
+        if cut not in parts:
+            direction_Or = directions[key][:, : option.rank]
+            (factors,) = factorize([w_OI], [direction_Or], curvature.factor_II, option.factor_bits)
+            parts[cut] = _Part(factors, direction_Or)
+        found.append(parts[cut])
+    return found

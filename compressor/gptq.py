@@ -16,15 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from allocator.errors import BitrankError
 from allocator.storage import ceil_div
-from compressor.grid import Grid, Quantized, search_grid
+from compressor.grid import Grid, Quantized, grouped, search_grid
+from compressor.precision import tensor_cores
 
 LEAF = 32
 """Columns rounded one by one between two matrix products; every group size is a multiple."""
@@ -102,6 +104,16 @@ def gptq(
     ]
 
 
+def round_to_nearest(w_OI: Tensor, bits: int, group_size: int) -> Quantized:
+    """Every group by itself, which is GPTQ under H = I; zeros that fill a group up to a whole leaf bend no grid."""
+    rows, columns = w_OI.shape
+    width = ceil_div(group_size, LEAF) * LEAF
+    w_Rg = F.pad(grouped(w_OI, group_size).flatten(0, 1), (0, width - group_size))
+    (found,) = gptq(w_Rg[None], torch.eye(width, device=w_OI.device), [bits], [width])
+    code_OI = found.code_OI[:, :group_size].reshape(rows, -1)[:, :columns].contiguous()
+    return Quantized(code_OI, found.scale_OG.view(rows, -1), found.zero_OG.view(rows, -1), bits, group_size)
+
+
 @dataclass(frozen=True, slots=True)
 class _State:
     """One run: the weights still to round, the errors made, the codes, and the grid that starts at each 32 columns."""
@@ -127,9 +139,14 @@ class _State:
             scale_SR,
             torch.empty_like(scale_SR),
             factor_II,
-            w_IR.new_tensor([2.0**b - 1 for b in bits]),
+            _maximum(tuple(bits), w_IR.device),
             tuple(group_sizes),
         )
+
+
+@cache
+def _maximum(bits: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([2.0**b - 1 for b in bits], device=device)
 
 
 def _round_halves(
@@ -144,7 +161,8 @@ def _round_halves(
         middle = start + 2 * (middle - start)
     _round_halves(state, round_leaf, leaf, start, middle)
     spread_II = state.factor_II[start:middle, middle:end].T
-    state.w_IR[middle:end].addmm_(spread_II, state.error_IR[start:middle], alpha=-1)
+    with tensor_cores():
+        state.w_IR[middle:end].addmm_(spread_II, state.error_IR[start:middle], alpha=-1)
     _round_halves(state, round_leaf, leaf, middle, end)
 
 

@@ -133,7 +133,11 @@ def _search(w_gt: Floats, diagonal_g: Floats, maximum: np.float32, scale_t: Floa
             span_t[t] = max(span_t[t], w_gt[g, t])
     for t in range(TILE):
         span_t[t] = max(span_t[t] - low_t[t], TINY)
+        scale_t[t] = span_t[t] / maximum
         best_t[t] = np.inf
+    _to_bfloat16(scale_t)
+    for t in range(TILE):
+        zero_t[t] = min((-low_t[t] / scale_t[t] + ROUNDER) - ROUNDER, maximum)
     for shrink in SHRINKS_T:
         for t in range(TILE):
             trial_t[t] = span_t[t] * shrink / maximum

@@ -3,14 +3,17 @@
 What lives here: the kernel and its launch. The products that spread a block's errors over the columns to come, and
 everything that holds on any device, are in `gptq.py`; the search repeats `grid.search_grid` step by step.
 
-Letters: P problems, O rows of each, R = P·O, I columns, C columns of the block, S = I / 32 slots. A row never depends
-on another row, so a warp takes 32 rows, one to a lane, through the whole block without a barrier. The errors of 32
-columns stay in registers; the weights of the block stay in the cache between steps.
+Letters: P problems, O rows of each, R = P·O, I columns, C columns of the block, S = I / 32 slots, L = 32 columns of a
+leaf, g of a group. A row never depends on another row, so one warp takes 32 rows through the whole block. What bounds
+it is latency, not arithmetic: a group is searched in registers, a column's inputs are loaded while the column before is
+rounded, and a leaf's errors are spread over the leaves to come by the tensor core, in three TF32 products that make up
+one of float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -47,26 +50,36 @@ def round_block(
     """
     problems, columns = len(maximum_P), len(w_CR)
     rows = w_CR.shape[1] // problems
-    spread_CC = factor_CC.T.contiguous()
-    shrink_T = torch.tensor(SHRINKS, device=w_CR.device).repeat_interleave(2)
     for group_size in sorted(set(group_sizes)):
-        members = [p for p, size in enumerate(group_sizes) if size == group_size]
+        members = tuple(p for p, size in enumerate(group_sizes) if size == group_size)
         _round_block[(triton.cdiv(rows, 32), len(members))](
             w_CR,
             error_CR,
             code_CR,
             scale_SR,
             zero_SR,
-            spread_CC,
+            factor_CC,
             maximum_P,
-            torch.tensor(members, dtype=torch.int32, device=w_CR.device),
-            shrink_T,
+            _member_numbers(members, w_CR.device),
+            _shrinks(w_CR.device),
             rows,
             w_CR.shape[1],
+            *factor_CC.stride(),
             columns,
             group_size,
             num_warps=1,
+            num_stages=1,
         )
+
+
+@cache
+def _member_numbers(members: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(members, dtype=torch.int32, device=device)
+
+
+@cache
+def _shrinks(device: torch.device) -> Tensor:
+    return torch.tensor(SHRINKS, device=device)
 
 
 @triton.jit
@@ -84,89 +97,99 @@ def _storable(scale):
 
 
 @triton.jit
-def _fit(w_ptr, spread_ptr, inside, stride, columns: tl.constexpr, first, last, scale, zero, maximum):
-    """Loss of a grid on one group, and the sums that refit its scale: Σ m·level², Σ m·level·w."""
-    inverse = tl.div_rn(1.0, scale)
-    loss = tl.zeros_like(scale)
-    norm = tl.zeros_like(scale)
-    match = tl.zeros_like(scale)
-    for column in range(first, last):
-        w = tl.load(w_ptr + column * stride, mask=inside, other=0.0)
-        diagonal = tl.load(spread_ptr + column * columns + column)
-        importance = tl.div_rn(1.0, diagonal * diagonal)
-        level = tl.minimum(tl.maximum(_nearest(w * inverse), -zero), maximum - zero)
-        weighted = level * importance
-        norm += weighted * level
-        match += weighted * w
-        error = level * scale - w
-        loss += importance * (error * error)
-    return loss, norm, match
+def _levels(w_gR, scale, zero, maximum):
+    inverse = tl.div_rn(1.0, scale)[None, :]
+    return tl.minimum(tl.maximum(_nearest(w_gR * inverse), -zero[None, :]), (maximum - zero)[None, :])
 
 
 @triton.jit
-def _search(w_ptr, spread_ptr, shrink_ptr, inside, stride, columns: tl.constexpr, first, last, maximum):
-    """scale and zero of one group for 32 rows: `grid.search_grid`, all trials side by side."""
-    low = tl.zeros_like(maximum)
-    high = tl.zeros_like(maximum)
-    for column in range(first, last):
-        w = tl.load(w_ptr + column * stride, mask=inside, other=0.0)
-        low = tl.minimum(low, w)
-        high = tl.maximum(high, w)
-    span = tl.maximum(high - low, _TINY)
+def _loss(w_gR, level_gR, importance_g1, scale):
+    error_gR = level_gR * scale[None, :] - w_gR
+    return tl.sum(importance_g1 * (error_gR * error_gR), axis=0)
 
-    trial = tl.arange(0, _TRIALS)
-    shrink_T1 = tl.load(shrink_ptr + trial)[:, None]
-    maximum_1R = maximum[None, :]
-    scale_TR = _storable(tl.div_rn(span[None, :] * shrink_T1, tl.broadcast_to(maximum_1R, (_TRIALS, 32))))
-    real_TR = tl.div_rn(-low[None, :] * shrink_T1, scale_TR)
-    zero_TR = tl.floor(real_TR) + (trial % 2).to(tl.float32)[:, None]
-    zero_TR = tl.minimum(tl.maximum(zero_TR, 0.0), maximum_1R)
-    inverse_TR = tl.div_rn(1.0, scale_TR)
-    loss_TR = tl.zeros_like(scale_TR)
-    for column in range(first, last):
-        w = tl.load(w_ptr + column * stride, mask=inside, other=0.0)[None, :]
-        diagonal = tl.load(spread_ptr + column * columns + column)
-        importance = tl.div_rn(1.0, diagonal * diagonal)
-        level_TR = tl.minimum(tl.maximum(_nearest(w * inverse_TR), -zero_TR), maximum_1R - zero_TR)
-        error_TR = level_TR * scale_TR - w
-        loss_TR += importance * (error_TR * error_TR)
-    least = tl.argmin(loss_TR, axis=0)
-    chosen_TR = trial[:, None] == least[None, :]
-    scale = tl.sum(tl.where(chosen_TR, scale_TR, 0.0), axis=0)
-    zero = tl.sum(tl.where(chosen_TR, zero_TR, 0.0), axis=0)
 
-    best, norm, match = _fit(w_ptr, spread_ptr, inside, stride, columns, first, last, scale, zero, maximum)
-    for _ in range(_REFITS):
-        refit = tl.div_rn(match, tl.maximum(norm, _TINY))
-        trial_scale = tl.where((norm > 0) & (refit > 0), _storable(tl.maximum(refit, _TINY)), scale)
-        loss, trial_norm, trial_match = _fit(
-            w_ptr, spread_ptr, inside, stride, columns, first, last, trial_scale, zero, maximum
-        )
+@triton.jit
+def _refit(w_gR, level_gR, importance_g1, scale):
+    """The scale that suits these levels best, by least squares; the present one where there is none."""
+    weighted_gR = level_gR * importance_g1
+    norm = tl.sum(weighted_gR * level_gR, axis=0)
+    refit = tl.div_rn(tl.sum(weighted_gR * w_gR, axis=0), tl.maximum(norm, _TINY))
+    return tl.where((norm > 0) & (refit > 0), _storable(tl.maximum(refit, _TINY)), scale)
+
+
+@triton.jit
+def _search(w_gR, importance_g1, shrink_ptr, maximum):
+    """scale and zero of one group for 32 rows: `grid.search_grid`."""
+    low = tl.minimum(tl.min(w_gR, axis=0), 0.0)
+    span = tl.maximum(tl.maximum(tl.max(w_gR, axis=0), 0.0) - low, _TINY)
+    scale = _storable(tl.div_rn(span, maximum))
+    zero = tl.minimum(_nearest(tl.div_rn(-low, scale)), maximum)
+    best = tl.full(maximum.shape, _INFINITY, tl.float32)
+    for trial in range(_TRIALS):
+        shrink = tl.load(shrink_ptr + trial // 2)
+        trial_scale = _storable(tl.div_rn(span * shrink, maximum))
+        trial_zero = tl.floor(tl.div_rn(-low * shrink, trial_scale)) + trial % 2
+        trial_zero = tl.minimum(tl.maximum(trial_zero, 0.0), maximum)
+        loss = _loss(w_gR, _levels(w_gR, trial_scale, trial_zero, maximum), importance_g1, trial_scale)
         better = loss < best
         best = tl.where(better, loss, best)
         scale = tl.where(better, trial_scale, scale)
-        norm = tl.where(better, trial_norm, norm)
-        match = tl.where(better, trial_match, match)
+        zero = tl.where(better, trial_zero, zero)
+    for _ in range(_REFITS):
+        trial_scale = _refit(w_gR, _levels(w_gR, scale, zero, maximum), importance_g1, scale)
+        loss = _loss(w_gR, _levels(w_gR, trial_scale, zero, maximum), importance_g1, trial_scale)
+        better = loss < best
+        best = tl.where(better, loss, best)
+        scale = tl.where(better, trial_scale, scale)
     return scale, zero
 
 
 @triton.jit
+def _round_leaf(w_LR, factor_ptr, down, right, left, scale, zero, maximum):
+    """Codes and errors (L, R) of one leaf's first `left` columns, rounded one by one.
+
+    The factor is upper triangular, so that what is spread onto columns already rounded is zero.
+    """
+    leaf = tl.arange(0, _LEAF)
+    error_LR = tl.zeros((_LEAF, 32), tl.float32)
+    spread_next_L = tl.load(factor_ptr + leaf * right, mask=leaf < left, other=0.0)
+    for column in range(left):
+        spread_L = spread_next_L
+        later = min(column + 1, left - 1)
+        spread_next_L = tl.load(factor_ptr + later * down + leaf * right, mask=leaf < left, other=0.0)
+        diagonal = tl.load(factor_ptr + column * (down + right))
+        now_L1 = (leaf == column)[:, None]
+        w = tl.sum(tl.where(now_L1, w_LR, 0.0), axis=0)
+        code = tl.minimum(tl.maximum(_nearest(tl.div_rn(w, scale)) + zero, 0.0), maximum)
+        error = tl.div_rn(w - (code - zero) * scale, tl.zeros_like(w) + diagonal)
+        w_LR -= spread_L[:, None] * error[None, :]
+        w_LR = tl.where(now_L1, code[None, :], w_LR)
+        error_LR = tl.where(now_L1, error[None, :], error_LR)
+    return w_LR, error_LR
+
+
+@triton.jit(do_not_specialize_on_alignment=["code_ptr"])
 def _round_block(
     w_ptr,
     error_ptr,
     code_ptr,
     scale_ptr,
     zero_ptr,
-    spread_ptr,
+    factor_ptr,
     maximum_ptr,
     member_ptr,
     shrink_ptr,
     rows,
     stride: tl.int64,
+    down: tl.int64,
+    right: tl.int64,
     columns: tl.constexpr,
     group_size: tl.constexpr,
 ):
-    """`spread` is the transposed factor: spread[c, j] is what column j's error takes from column c."""
+    """`down` and `right` are the factor's strides.
+
+    Were codes known to be aligned, their sixteen to a store would lay out the whole loop, and cost it half its speed.
+    """
     problem = tl.load(member_ptr + tl.program_id(1))
     row = tl.program_id(0) * 32 + tl.arange(0, 32)
     inside = row < rows
@@ -174,35 +197,40 @@ def _round_block(
     w_ptr, error_ptr, code_ptr = w_ptr + place, error_ptr + place, code_ptr + place
     maximum = tl.load(maximum_ptr + problem) + tl.zeros_like(row).to(tl.float32)
     leaf = tl.arange(0, _LEAF)
+    group = tl.arange(0, group_size)
 
     scale = tl.full((32,), 1.0, tl.float32)
     zero = tl.zeros((32,), tl.float32)
     for start in range(0, columns, _LEAF):
-        end = min(start + _LEAF, columns)
         if start % group_size == 0:
-            last = min(start + group_size, columns)
-            scale, zero = _search(
-                w_ptr, spread_ptr, shrink_ptr, inside, stride, columns, start, last, maximum
-            )
+            column_g = start + group
+            within_gR = (column_g < columns)[:, None] & inside[None, :]
+            w_gR = tl.load(w_ptr[None, :] + column_g[:, None] * stride, mask=within_gR, other=0.0)
+            diagonal_g = tl.load(factor_ptr + column_g * (down + right), mask=column_g < columns, other=1.0)
+            importance_g1 = tl.div_rn(1.0, diagonal_g * diagonal_g)[:, None]
+            scale, zero = _search(w_gR, importance_g1, shrink_ptr, maximum)
             slot = start // _LEAF * stride + place
             tl.store(scale_ptr + slot, scale, mask=inside)
             tl.store(zero_ptr + slot, zero, mask=inside)
-        error_LR = tl.zeros((_LEAF, 32), tl.float32)
-        for column in range(start, end):
-            offset = column * stride
-            spread_L = tl.load(
-                spread_ptr + column * columns + start + leaf, mask=start + leaf < column, other=0.0
+        column_L = start + leaf
+        offset_LR = column_L[:, None] * stride
+        within_LR = (column_L < columns)[:, None] & inside[None, :]
+        w_LR = tl.load(w_ptr[None, :] + offset_LR, mask=within_LR, other=0.0)
+        leaf_ptr = factor_ptr + start * (down + right)
+        left = min(columns - start, _LEAF)
+        code_LR, error_LR = _round_leaf(w_LR, leaf_ptr, down, right, left, scale, zero, maximum)
+        tl.store(code_ptr[None, :] + offset_LR, code_LR.to(tl.uint8), mask=within_LR)
+        tl.store(error_ptr[None, :] + offset_LR, error_LR, mask=within_LR)
+        for later in range(start + _LEAF, columns, _LEAF):
+            later_L = later + leaf
+            spread_LL = tl.load(
+                factor_ptr + column_L[None, :] * down + later_L[:, None] * right,
+                mask=(later_L < columns)[:, None],
+                other=0.0,
             )
-            w = tl.load(w_ptr + offset, mask=inside, other=0.0) - tl.sum(error_LR * spread_L[:, None], axis=0)
-            code = tl.minimum(tl.maximum(_nearest(tl.div_rn(w, scale)) + zero, 0.0), maximum)
-            diagonal = tl.load(spread_ptr + column * columns + column)
-            error = tl.div_rn(w - (code - zero) * scale, tl.zeros_like(w) + diagonal)
-            error_LR = tl.where((start + leaf == column)[:, None], error[None, :], error_LR)
-            tl.store(code_ptr + offset, code.to(tl.uint8), mask=inside)
-            tl.store(error_ptr + offset, error, mask=inside)
-        for column in range(end, columns):
-            offset = column * stride
-            spread_L = tl.load(spread_ptr + column * columns + start + leaf)
-            w = tl.load(w_ptr + offset, mask=inside, other=0.0)
-            tl.store(w_ptr + offset, w - tl.sum(error_LR * spread_L[:, None], axis=0), mask=inside)
+            later_ptr = w_ptr[None, :] + later_L[:, None] * stride
+            within_LR = (later_L < columns)[:, None] & inside[None, :]
+            w_LR = tl.load(later_ptr, mask=within_LR, other=0.0)
+            w_LR -= tl.dot(spread_LL, error_LR, input_precision="tf32x3")
+            tl.store(later_ptr, w_LR, mask=within_LR)
         tl.debug_barrier()

@@ -1,7 +1,7 @@
 """The quantization grid of one group of weights: asymmetric, its clip, zero point and scale searched.
 
-What lives here: choosing a scale and an integer zero point for groups of weights, rounding to them, and the
-quantized matrix that results. Rounding in which one weight makes good another's error is in `gptq.py`.
+What lives here: choosing a scale and an integer zero point for groups of weights, and the quantized matrix that
+results. Rounding is in `gptq.py`.
 
 Letters: g weights of a group, R rows (independent groups). A weight is `(code − zero) · scale`, code and zero in
 0 … 2^bits − 1, scale a bfloat16 number.
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from allocator.storage import ceil_div
 
 SHRINKS = (1.0, 0.92, 0.85, 0.78, 0.71, 0.64, 0.57, 0.5)
 """Fractions of the min/max range that the clip search tries."""
@@ -51,10 +53,21 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """(code − zero) · scale, float32 (O, I)."""
-        columns = self.code_OI.shape[1]
-        scale_OI = self.scale_OG.float().repeat_interleave(self.group_size, dim=1)[:, :columns]
-        zero_OI = self.zero_OG.float().repeat_interleave(self.group_size, dim=1)[:, :columns]
-        return (self.code_OI.float() - zero_OI).mul_(scale_OI)
+        level_OGg = grouped(self.code_OI, self.group_size).float().sub_(self.zero_OG[..., None])
+        return level_OGg.mul_(self.scale_OG[..., None]).flatten(1)[:, : self.code_OI.shape[1]]
+
+
+def grouped(w_OI: Tensor, group_size: int) -> Tensor:
+    """(O, G, group_size), the last group of a row filled up with zeros."""
+    rows, columns = w_OI.shape
+    groups = ceil_div(columns, group_size)
+    return F.pad(w_OI, (0, groups * group_size - columns)).view(rows, groups, group_size)
+
+
+def group_ranges(w_OI: Tensor, group_size: int) -> Tensor:
+    """(O, G): the range of every group, zero included."""
+    low_OG, high_OG = grouped(w_OI, group_size).aminmax(dim=2)
+    return high_OG.clamp(min=0) - low_OG.clamp(max=0)
 
 
 def search_grid(w_gR: Tensor, importance_gR: Tensor, maximum_R: Tensor) -> Grid:
@@ -95,21 +108,6 @@ def search_grid(w_gR: Tensor, importance_gR: Tensor, maximum_R: Tensor) -> Grid:
         best_R = torch.where(better_R, loss_R, best_R)
         scale_R = torch.where(better_R, trial_scale_R, scale_R)
     return Grid(scale_R, zero_R, maximum_R)
-
-
-def round_to_nearest(w_OI: Tensor, bits: int, group_size: int) -> Quantized:
-    """Quantize every group of a row by itself. A short last group is padded with weights of no importance."""
-    rows, columns = w_OI.shape
-    groups = -(-columns // group_size)
-    padding = groups * group_size - columns
-    w_gR = F.pad(w_OI, (0, padding)).reshape(rows * groups, group_size).T.contiguous()
-    importance_OI = F.pad(torch.ones(1, columns, device=w_OI.device), (0, padding)).expand(rows, -1)
-    importance_gR = importance_OI.reshape(rows * groups, group_size).T
-    maximum_R = w_gR.new_full((rows * groups,), 2.0**bits - 1)
-    grid = search_grid(w_gR, importance_gR, maximum_R)
-    code_OI = grid.encode(w_gR).T.reshape(rows, groups * group_size)[:, :columns].to(torch.uint8)
-    scale_OG = grid.scale_R.view(rows, groups).bfloat16()
-    return Quantized(code_OI, scale_OG, grid.zero_R.view(rows, groups).to(torch.uint8), bits, group_size)
 
 
 def _storable(scale_R: Tensor) -> Tensor:

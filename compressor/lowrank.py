@@ -8,9 +8,10 @@ Letters: P problems of one shape under one Hessian, O rows, I columns, r rank.
 No inverse of H is needed: with U_r the leading eigenvectors of E H Eᵀ, L = U_r and R = U_rᵀE is optimal, and the
 tail of the eigenvalues is the error left at every r. (Write H = SSᵀ; by Eckart-Young the best rank-r part of ES is
 U_rU_rᵀES, which U_rU_rᵀE attains, S singular or not.) U_r comes from a subspace iteration on ES (Halko, Martinsson
-and Tropp, arXiv 0909.4061). L is rounded to its grid first, R is fitted to the rounded L by least squares (LPLR,
-arXiv 2310.11028, without the pseudo-inverse of H: it cancels) and rounded by GPTQ under H, because an error in R
-reaches the output through H just as an error in Q does.
+and Tropp, arXiv 0909.4061). L is rounded to its grid first, to the nearest: its columns are orthonormal, so that none
+can make good another's error. R is fitted to the rounded L by least squares (LPLR, arXiv 2310.11028, without the
+pseudo-inverse of H: it cancels) and rounded by GPTQ under H, because an error in R reaches the output through H just
+as an error in Q does.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from allocator.storage import FACTOR_GROUP_SIZE, KEEP_BITS
-from compressor.gptq import DAMPING, SingularHessianError, cholesky, gptq
-from compressor.grid import Quantized, round_to_nearest
+from allocator.storage import FACTOR_GROUP_SIZE, KEEP_BITS, ceil_div
+from compressor.gptq import DAMPING, SingularHessianError, cholesky, gptq, round_to_nearest
+from compressor.grid import Quantized
 from compressor.precision import tensor_cores
 
 OVERSAMPLING = 8
 ITERATIONS = 2
 ROOT_DAMPING = (1e-8, 1e-6, 1e-4)
+TRIANGLE_BLOCKS = 4
+DEPENDENT = 1e-5
+"""Ratio of Cholesky pivots below which columns count as dependent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,70 +65,91 @@ def square_root(hessian_II: Tensor) -> Tensor:
     return cholesky(hessian_II, DAMPING)
 
 
-def leading_directions(residual_POI: Tensor, root_II: Tensor, rank: int) -> Tensor:
-    """(P, O, rank) orthonormal, the leading eigenvectors of E H Eᵀ = (ES)(ES)ᵀ in falling order."""
-    _, rows, columns = residual_POI.shape
+def through(residual_OI: Tensor, root_II: Tensor) -> Tensor:
+    """E·S (O, I): S is lower triangular, so that a block of its columns needs the later columns of E alone."""
+    columns = residual_OI.shape[1]
+    weighted_OI = torch.empty_like(residual_OI)
+    width = ceil_div(columns, TRIANGLE_BLOCKS)
     with tensor_cores():
-        weighted_POI = residual_POI @ root_II
+        for first in range(0, columns, width):
+            block = slice(first, first + width)
+            torch.mm(residual_OI[:, first:], root_II[first:, block], out=weighted_OI[:, block])
+    return weighted_OI
+
+
+def leading_directions(weighted_POI: Tensor, rank: int) -> Tensor:
+    """(P, O, rank) orthonormal, the leading eigenvectors of (ES)(ES)ᵀ = E H Eᵀ in falling order; weighted is ES."""
+    _, rows, columns = weighted_POI.shape
     width = min(rank + OVERSAMPLING, rows, columns)
-    generator = torch.Generator().manual_seed(0)
-    start_Ik = torch.randn(columns, width, generator=generator).to(residual_POI.device)
-    basis_POk = torch.linalg.qr(weighted_POI @ start_Ik).Q
-    for _ in range(ITERATIONS):
-        other_PIk = torch.linalg.qr(weighted_POI.mT @ basis_POk).Q
-        basis_POk = torch.linalg.qr(weighted_POI @ other_PIk).Q
-    small_PkI = basis_POk.mT @ weighted_POI
+    generator = torch.Generator(weighted_POI.device).manual_seed(0)
+    start_Ik = torch.randn(columns, width, generator=generator, device=weighted_POI.device)
+    with tensor_cores():
+        basis_POk = orthonormal(weighted_POI @ start_Ik)
+        for _ in range(ITERATIONS):
+            basis_POk = sharpened(weighted_POI, basis_POk)
+        small_PkI = basis_POk.mT @ weighted_POI
     _, vector_Pkk = torch.linalg.eigh((small_PkI @ small_PkI.mT).double())
     return (basis_POk.double() @ vector_Pkk.flip(-1)[..., :rank]).float()
 
 
-def factorize(
-    residual_POI: Tensor,
-    root_II: Tensor,
-    factor_II: Tensor,
-    ranks: Sequence[int],
-    factor_bits: Sequence[int],
-) -> list[Factors]:
-    """Quantized factors of P residuals, each with its own rank and factor bits.
+def sharpened(weighted_POI: Tensor, basis_POk: Tensor) -> Tensor:
+    """One step of subspace iteration from an orthonormal basis: nearer to the leading directions, in no order."""
+    with tensor_cores():
+        return orthonormal(weighted_POI @ orthonormal(weighted_POI.mT @ basis_POk))
 
-    residual (P, O, I); root from `square_root`, factor from `gptq.inverse_factor`; ranks at most min(O, I).
+
+def orthonormal(tall_Pnk: Tensor) -> Tensor:
+    """An orthonormal basis of the columns, (P, n, k), by the Cholesky factor of their Gram matrix.
+
+    In float64 that loses nothing that float32 has; columns that depend on each other take Householder's way.
     """
-    direction_POr = leading_directions(residual_POI, root_II, max(ranks))
-    lefts = _rounded_together(
-        [direction_Or[:, :rank].T for direction_Or, rank in zip(direction_POr, ranks, strict=True)],
-        factor_bits,
-        _round_left,
+    wide_Pnk = tall_Pnk.double()
+    lower_Pkk, _ = torch.linalg.cholesky_ex(wide_Pnk.mT @ wide_Pnk)
+    pivot_Pk = lower_Pkk.diagonal(dim1=-2, dim2=-1)
+    if not (pivot_Pk.amin(dim=-1) > DEPENDENT * pivot_Pk.amax(dim=-1)).all():
+        return torch.linalg.qr(tall_Pnk).Q
+    one_kk = torch.eye(tall_Pnk.shape[-1], dtype=wide_Pnk.dtype, device=wide_Pnk.device)
+    inverse_Pkk = torch.linalg.solve_triangular(lower_Pkk, one_kk.expand_as(lower_Pkk), upper=False)
+    return (wide_Pnk @ inverse_Pkk.mT).float()
+
+
+def factorize(
+    residuals: Sequence[Tensor], directions: Sequence[Tensor], factor_II: Tensor, factor_bits: int
+) -> list[Factors]:
+    """Quantized factors of residuals (O, I) along orthonormal directions (O, r), each with a rank of its own.
+
+    factor from `gptq.inverse_factor`. All rows of all factors are rounded at once.
+    """
+    left_RO = _rounded(
+        torch.cat([direction_Or.T for direction_Or in directions]), factor_bits, round_to_nearest
     )
-    targets = []
-    for left, residual_OI in zip(lefts, residual_POI, strict=True):
-        left_Or = dense(left).T
-        targets.append(torch.linalg.solve(left_Or.T @ left_Or, left_Or.T @ residual_OI))
-    rights = _rounded_together(targets, factor_bits, partial(_round_right, factor_II))
-    return [Factors(left, right) for left, right in zip(lefts, rights, strict=True)]
+    ranks = [direction_Or.shape[1] for direction_Or in directions]
+    lefts = dense(left_RO).split(ranks)
+    rights = [
+        torch.linalg.solve_ex(left_rO @ left_rO.T, left_rO @ residual_OI).result
+        for left_rO, residual_OI in zip(lefts, residuals, strict=True)
+    ]
+    right_RI = _rounded(torch.cat(rights), factor_bits, partial(_round_right, factor_II))
+    parts, first = [], 0
+    for rank in ranks:
+        part = slice(first, first + rank)
+        parts.append(Factors(_rows(left_RO, part), _rows(right_RI, part)))
+        first += rank
+    return parts
 
 
-def _round_left(left_RO: Tensor, bits: int) -> Quantized:
-    """Nearest rounding: in this basis R H Rᵀ is diagonal, so no column can make good another's error."""
-    return round_to_nearest(left_RO, bits, FACTOR_GROUP_SIZE)
+def _rounded(
+    factor_RI: Tensor, bits: int, round_rows: Callable[[Tensor, int, int], Quantized]
+) -> Quantized | Tensor:
+    return factor_RI.bfloat16() if bits == KEEP_BITS else round_rows(factor_RI, bits, FACTOR_GROUP_SIZE)
 
 
-def _round_right(factor_II: Tensor, right_RI: Tensor, bits: int) -> Quantized:
-    return gptq(right_RI[None], factor_II, [bits], [FACTOR_GROUP_SIZE])[0]
+def _round_right(factor_II: Tensor, right_RI: Tensor, bits: int, group_size: int) -> Quantized:
+    return gptq(right_RI[None], factor_II, [bits], [group_size])[0]
 
 
-def _rounded_together(
-    parts: Sequence[Tensor], factor_bits: Sequence[int], round_rows: Callable[[Tensor, int], Quantized]
-) -> list[Quantized | Tensor]:
-    """Every part (r, ·) rounded, all rows of one width at once, whatever their problem; bfloat16 where bits are 16."""
-    rounded: list[Quantized | Tensor] = [part.bfloat16() for part in parts]
-    for bits in sorted(set(factor_bits) - {KEEP_BITS}):
-        members = [p for p, width in enumerate(factor_bits) if width == bits]
-        whole = round_rows(torch.cat([parts[p] for p in members]), bits)
-        first = 0
-        for p in members:
-            rows = slice(first, first + len(parts[p]))
-            first = rows.stop
-            rounded[p] = Quantized(
-                whole.code_OI[rows], whole.scale_OG[rows], whole.zero_OG[rows], bits, FACTOR_GROUP_SIZE
-            )
-    return rounded
+def _rows(factor_RI: Quantized | Tensor, rows: slice) -> Quantized | Tensor:
+    if isinstance(factor_RI, Tensor):
+        return factor_RI[rows]
+    code_RI, scale_RG, zero_RG = factor_RI.code_OI[rows], factor_RI.scale_OG[rows], factor_RI.zero_OG[rows]
+    return Quantized(code_RI, scale_RG, zero_RG, factor_RI.bits, factor_RI.group_size)

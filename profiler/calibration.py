@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from allocator.errors import BitrankError
+from compressor.precision import tensor_cores
 from profiler.layers import Layer, LoadedModel, check_finite
 
 LINES_TOKENIZED = 1000
@@ -346,6 +347,9 @@ def input_moments(
 ) -> list[InputMoment]:
     """H of every distinct input in a block, from the block's stored inputs; writes the block's outputs if asked.
 
+    On CUDA x is rounded to TF32, finer than the bfloat16 that models run in; so H is that of x as rounded, and
+    positive semidefinite.
+
     A layer that no token reached (an expert never routed to) has H = I, so that its plain weight error counts.
     """
     layers = loaded.layers_of(index)
@@ -366,7 +370,8 @@ def input_moments(
             if layer.name not in sums:
                 sums[layer.name] = torch.zeros(layer.columns, layer.columns, device=x.device)
                 counts[layer.name] = 0
-            sums[layer.name].addmm_(x_nI.T, x_nI)
+            with tensor_cores():
+                sums[layer.name].addmm_(x_nI.T, x_nI)
             counts[layer.name] += len(x_nI)
 
         return hook
@@ -377,7 +382,8 @@ def input_moments(
     try:
         for first, hidden_NTd in inputs.batches(loaded.windows_per_batch, loaded.device):
             live.clear()
-            output = calls[len(hidden_NTd)][index](loaded.blocks[index], hidden_NTd)
+            with tensor_cores():
+                output = calls[len(hidden_NTd)][index](loaded.blocks[index], hidden_NTd)
             if outputs is not None:
                 outputs.write(first, output)
     finally:

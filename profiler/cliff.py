@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from allocator.plan import PlanModel
-from compressor.grid import round_to_nearest
+from compressor.gptq import round_to_nearest
 from profiler.calibration import Progress, check_windows, silent
 from profiler.companion import CliffDocument, Cut, GroupCliff
 from profiler.estimate import CONFIDENCE, Estimate, estimate

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from allocator.storage import Option
 from compressor.decompose import Curvature
-from compressor.grid import round_to_nearest
-from compressor.lowrank import leading_directions
+from compressor.gptq import round_to_nearest
+from compressor.lowrank import leading_directions, through
 from profiler.error_model import FLOOR
 from profiler.gain import CONFIDENCE
 from profiler.measurement import Measurement
@@ -70,15 +70,14 @@ class ClosedForm:
 
         w, residual (O, I) float32; signal is tr(W H Wᵀ).
         """
-        pivot_I = curvature.factor_II.diagonal().square().reciprocal()
-        scale = (w_OI.square().sum(dim=0) @ pivot_I).item() / max(signal, 1e-30)
-        weighted_OI = residual_OI @ curvature.root_II
+        scale = (w_OI.square().sum(dim=0) @ curvature.pivots()).item() / max(signal, 1e-30)
+        weighted_OI = through(residual_OI, curvature.root_II)
         total = weighted_OI.square().sum().item()
         if scale <= FLOOR or total <= FLOOR * signal:
             return None
         left_over = {0: 1.0}
         if ranks:
-            direction_Or = leading_directions(residual_OI[None], curvature.root_II, max(ranks))[0]
+            direction_Or = leading_directions(weighted_OI[None], max(ranks))[0]
             led_r = (direction_Or.T @ weighted_OI).square().sum(dim=1).double().cumsum(dim=0).tolist()
             left_over |= {rank: max(1 - led_r[rank - 1] / total, 1e-6) for rank in ranks}
         return cls(scale, left_over, w_OI.shape[1])

@@ -7,6 +7,7 @@ What follows from them is in `gain.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,18 +23,20 @@ from profiler.evaluation import measure, stored_logits
 from profiler.gain import Probe
 from profiler.layers import Layer, LoadedModel
 from profiler.memory import return_fragments
+from profiler.writer import Writer
 
 PROBES = tuple(Option(bits, 0, 64, 0) for bits in (2, 3, 4))
 
 
-def keeper(folder: Path) -> Callable[[Layer, Decomposition], None]:
-    """A callback that stores the probes' decompositions, packed, under `folder`."""
+def keeper(folder: Path, writer: Writer) -> Callable[[Layer, Decomposition], None]:
+    """A callback that has the probes' decompositions stored, packed, under `folder`."""
+
+    def store(layer: Layer, decomposition: Decomposition) -> None:
+        write_atomically(probe_file(folder, layer, decomposition.option), save(layer_tensors(decomposition)))
 
     def keep(layer: Layer, decomposition: Decomposition) -> None:
         if decomposition.option in PROBES:
-            write_atomically(
-                probe_file(folder, layer, decomposition.option), save(layer_tensors(decomposition))
-            )
+            writer.submit(partial(store, layer, decomposition))
 
     return keep
 

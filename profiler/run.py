@@ -12,7 +12,7 @@ import platform
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ from profiler.profile import (
 )
 from profiler.sweep import LayerSweep, default_ranks, sweep_moment
 from profiler.workspace import is_finished, prepare
+from profiler.writer import Writer
 
 DEFAULT_TOKENS = 40_960
 PROBE_SHARE = 5
@@ -209,16 +210,19 @@ def sweep_block(run: ProfileRun, index: int, progress: Progress) -> list[str]:
     run.report_sweep(progress)
     if run.is_swept(run.loaded.layers_of(index)):
         return measured
-    keep, settings = keeper(run.work / "probes"), run.settings
-    for moment in input_moments(run.loaded, index, run.calls, run.inputs[index]):
-        if run.is_swept(moment.layers):
-            continue
-        for sweep in sweep_moment(
-            run.loaded, moment, run.moments, run.grid, keep, settings.rounds, settings.adaptive
-        ):
-            write_atomically(run.layer_file(sweep.layer), json.dumps(asdict(sweep)).encode())
-            measured.append(sweep.layer.name)
-            run.report_sweep(progress)
+    with Writer() as writer:
+        keep, settings = keeper(run.work / "probes", writer), run.settings
+        for moment in input_moments(run.loaded, index, run.calls, run.inputs[index]):
+            if run.is_swept(moment.layers):
+                continue
+            for sweep in sweep_moment(
+                run.loaded, moment, run.moments, run.grid, keep, settings.rounds, settings.adaptive
+            ):
+                document = json.dumps(asdict(sweep)).encode()
+                writer.submit(partial(write_atomically, run.layer_file(sweep.layer), document))
+                measured.append(sweep.layer.name)
+                run.report_sweep(progress)
+    run.report_sweep(progress)
     return_fragments()
     return measured
 

@@ -58,10 +58,10 @@ def default_ranks(layers: tuple[Layer, ...]) -> tuple[int, ...]:
 def elements_in_flight(loaded: LoadedModel) -> int:
     """Weights to decompose at once, so that their working memory stays below that of the model, which is on disk.
 
-    On a GPU, whose loops are only filled by many rows, as many as a third of its memory holds.
+    On a GPU, whose loops are only filled by many rows, as many as half its memory holds.
     """
     if loaded.device.type == "cuda":
-        return torch.cuda.get_device_properties(loaded.device).total_memory // (3 * BYTES_PER_ELEMENT)
+        return torch.cuda.get_device_properties(loaded.device).total_memory // (2 * BYTES_PER_ELEMENT)
     return min(MAXIMUM_ELEMENTS, sum(layer.weights for layer in loaded.layers) // WEIGHTS_PER_ELEMENT)
 
 

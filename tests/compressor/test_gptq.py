@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.gptq import SingularHessianError, gptq, inverse_factor
-from compressor.grid import Quantized, round_to_nearest
+from compressor.gptq import SingularHessianError, gptq, inverse_factor, round_to_nearest
+from compressor.grid import Quantized
 
 MakeTensor = Callable[..., Tensor]
 

@@ -16,6 +16,7 @@ from profiler.gain import Gain, Probe, calibrate
 from profiler.layers import LoadedModel, open_model
 from profiler.probes import keeper, measure_probes, read_probe
 from profiler.profile import Profile
+from profiler.writer import Writer
 
 STUDENT_95_1 = 6.313751514675043
 STUDENT_95_2 = 2.919985580355516
@@ -62,8 +63,9 @@ def test_a_kept_probe_is_read_back_as_it_was(tiny_llama: LoadedModel, tmp_path: 
     weight_OI, curvature = tiny_llama.weight(layer), Curvature.of(torch.eye(layer.columns))
     options = [Option(3, 0, 64, 0), Option(3, 0, 32, 0)]
     found = dict(decompose([weight_OI] * 2, curvature, options))
-    for decomposition in found.values():
-        keeper(tmp_path)(layer, decomposition)
+    with Writer() as writer:
+        for decomposition in found.values():
+            keeper(tmp_path, writer)(layer, decomposition)
     assert len(list(tmp_path.iterdir())) == 1, "only the probes' own options are kept"
     assert torch.equal(read_probe(tmp_path, layer, options[0]), found[0].dense())
 
@@ -75,9 +77,11 @@ def test_exact_weights_measure_no_divergence(model_directory: Callable[[str], Pa
         Option(3, 0, 64, 0),
         torch.randint(128, (4, 32), generator=torch.Generator().manual_seed(1)),
     )
-    for layer in loaded.layers:
-        ((_, found),) = decompose([loaded.weight(layer)], Curvature.of(torch.eye(layer.columns)), [option])
-        keeper(tmp_path)(layer, found)
+    with Writer() as writer:
+        for layer in loaded.layers:
+            curvature = Curvature.of(torch.eye(layer.columns))
+            ((_, found),) = decompose([loaded.weight(layer)], curvature, [option])
+            keeper(tmp_path, writer)(layer, found)
     with loaded.replacing(lambda layer: read_probe(tmp_path, layer, option)):
         (same,) = measure_probes(loaded, tokens_NT, {option: 0.1}, tmp_path, lambda *_: None)
     (other,) = measure_probes(loaded, tokens_NT, {option: 0.1}, tmp_path, lambda *_: None)

@@ -1,0 +1,52 @@
+"""Files written in their order by a thread of its own, so that a disk that flushes holds up no device.
+
+What lives here: the thread. What is written, and that it is written atomically, is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import BoundedSemaphore
+from types import TracebackType
+
+WAITING = 4
+"""Tasks that may wait; what they hold stays in memory."""
+
+
+class Writer:
+    """Runs tasks one after the other; after one that fails, none, so that no file appears without those before it.
+
+    Leaving waits for the tasks and raises what one of them raised; leaving by an exception drops those not begun.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
+        self._room = BoundedSemaphore(WAITING)
+        self._error: BaseException | None = None
+
+    def submit(self, task: Callable[[], object]) -> None:
+        """Raises what an earlier task raised."""
+        self._room.acquire()
+        if self._error is not None:
+            raise self._error
+        self._pool.submit(self._run, task)
+
+    def _run(self, task: Callable[[], object]) -> None:
+        try:
+            if self._error is None:
+                task()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._room.release()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=error is not None)
+        if error is None and self._error is not None:
+            raise self._error
