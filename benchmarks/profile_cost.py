@@ -27,6 +27,8 @@ from profiler.checkpoint import find_model
 from profiler.run import DEFAULT_TOKENS, ProfileSettings, build_profile
 
 MIB = 2**20
+LOW_RANK = ("factorize", "leading_directions", "sharpened", "through")
+"""Functions that `compressor.decompose` calls."""
 
 
 def timed(name: str, seconds: dict[str, float]) -> None:
@@ -71,8 +73,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         libraries = libraries_bytes(Path(folder))  # first: a child's peak starts at its parent's
     inside: dict[str, float] = {}
-    timed("_quantized_of", inside)
-    timed("_factors_of", inside)
+    for name in ("gptq", *LOW_RANK):
+        timed(name, inside)
     report = progress()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +91,7 @@ def main() -> None:
     statistics = max(sum(4 * n * n for n in sizes) for sizes in block.values())
     stages = dict(report.seconds)
     sweep = stages.pop("sweep")
-    gptq, low_rank = inside["_quantized_of"], inside["_factors_of"]
+    gptq, low_rank = inside["gptq"], sum(inside[name] for name in LOW_RANK)
     rows = [*stages.items(), ("sweep: GPTQ", gptq), ("sweep: low rank", low_rank)]
     rows.append(("sweep: Hessians, errors, files", sweep - gptq - low_rank))
     rows.append(("loading, fitting, output", wall - sum(seconds for _, seconds in rows)))

@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("shape", choices=("llama-3-8b", "qwen2-1.5b"))
     parser.add_argument("--blocks", type=int, help="fewer blocks than the model has")
     parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS)
-    parser.add_argument("--inside", action="store_true", help="time GPTQ, factors and errors apart; slower")
+    parser.add_argument("--inside", action="store_true", help="time GPTQ, low rank and errors apart; slower")
     parser.add_argument("--adaptive", action="store_true", help="as `bitrank profile --adaptive`")
     arguments = parser.parse_args()
     config = config_of(arguments.shape, arguments.blocks)
@@ -130,7 +130,7 @@ def profile(config: PretrainedConfig, folder: Path, arguments: argparse.Namespac
     torch.cuda.reset_peak_memory_stats()
     seconds: Counter[str] = Counter()
     if arguments.inside:
-        for inner in ("_quantized_of", "_factors_of", "row_errors"):
+        for inner in ("gptq", "factorize", "leading_directions", "sharpened", "through", "row_errors"):
             timed(inner, seconds)
     started = time.perf_counter()
     for index in range(run.block_count):

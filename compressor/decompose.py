@@ -117,16 +117,14 @@ def decompose(
     plain = [problem for problem in problems if problem.option.rank == 0]
     low_rank = [problem for problem in problems if problem.option.bits == 0]
     mixed = [problem for problem in problems if problem.option.bits and problem.option.rank]
-    starts: dict[_Start, Quantized | None] = {problem.start: None for problem in mixed}
+    starts = _Starts(curvature, mixed + low_rank)
     batch = max(1, elements // (rows * columns))
     for chunk in _batches(plain, batch):
         for problem, quantized in zip(chunk, _quantized_of(chunk, curvature), strict=True):
-            if problem.start in starts:
-                starts[problem.start] = quantized
+            starts.offer(problem, quantized)
             yield problem.place, Decomposition(problem.option, quantized, None)
-    for chunk in _batches(low_rank, batch):
-        for problem, part in zip(chunk, _low_rank_parts(chunk, curvature), strict=True):
-            yield problem.place, Decomposition(problem.option, None, part.factors)
+    for problem in low_rank:
+        yield problem.place, Decomposition(problem.option, None, starts.part(problem).factors)
     for chunk in _batches(mixed, batch):
         yield from ((s.problem.place, s.best) for s in _alternate(chunk, curvature, starts, rounds))
 
@@ -164,11 +162,10 @@ def _gptq(targets: Sequence[Tensor], problems: Sequence[_Problem], curvature: Cu
 
 
 def _alternate(
-    problems: Sequence[_Problem], curvature: Curvature, starts: dict[_Start, Quantized | None], rounds: int
+    problems: Sequence[_Problem], curvature: Curvature, starts: _Starts, rounds: int
 ) -> list[_Search]:
-    """Both starts of every problem; those that lack a Q of W to start from are given one."""
-    searches = [_Search(problem) for problem in problems]
-    _stand_on_starts(searches, curvature, starts)
+    """Every problem from both starts."""
+    searches = starts.searches(problems)
     _refit(searches, curvature)
     active = searches
     for _ in range(rounds - 1):
@@ -177,7 +174,7 @@ def _alternate(
         _requantize(active, curvature)
         _sharpen(active)
         _refit(active, curvature)
-    if again := _restarted(searches, _low_rank_parts(problems, curvature), curvature):
+    if again := _restarted(searches, starts, curvature):
         _requantize(again, curvature)
         _consider(again, curvature)
         _sharpen(again)
@@ -195,18 +192,79 @@ class _Part:
     direction_Or: Tensor
 
 
+class _Starts:
+    """Where searches start, each found once: Q of W and its leading directions, and W's best low-rank parts."""
+
+    def __init__(self, curvature: Curvature, problems: Sequence[_Problem]) -> None:
+        self.curvature = curvature
+        self.largest = max((problem.option.rank for problem in problems), default=0)
+        self.wanted = {problem.start for problem in problems}
+        self.quantized: dict[_Start, Quantized] = {}
+        self.directions: dict[_Start, Tensor] = {}
+        self.parts: dict[tuple[int, int, int], _Part] = {}
+
+    def offer(self, problem: _Problem, quantized: Quantized) -> None:
+        """Q of W, which a search may start from."""
+        if problem.start in self.wanted:
+            self.quantized[problem.start] = quantized
+
+    def _quantize(self, problems: Sequence[_Problem]) -> None:
+        """Find every Q of W that these need and nobody offered."""
+        missing = {p.start: p for p in problems if p.start not in self.quantized}
+        if missing:
+            found = _quantized_of(list(missing.values()), self.curvature)
+            self.quantized |= dict(zip(missing, found, strict=True))
+
+    def searches(self, problems: Sequence[_Problem]) -> list[_Search]:
+        """Standing on Q of W; those that start alike share what they stand on."""
+        self._quantize(problems)
+        searches = [_Search(problem) for problem in problems]
+        first: dict[_Start, _Search] = {}
+        for search in searches:
+            start = search.problem.start
+            if start not in first:
+                first[start] = search
+                search.stand_on(self.quantized[start], self.curvature)
+                search.plain_error = search.weighted_OI.square().sum()
+            if start not in self.directions:
+                self.directions[start] = self._leading(search.weighted_OI)
+            search.stand_like(first[start])
+            search.direction_Or = self.directions[start][:, : search.option.rank]
+        return searches
+
+    def part(self, problem: _Problem) -> _Part:
+        """The best low-rank part of W."""
+        w_OI, option = problem.weight_OI, problem.option
+        whole, cut = (id(w_OI), 0, 0), (id(w_OI), option.rank, option.factor_bits)
+        if whole not in self.directions:
+            self.directions[whole] = self._leading(through(w_OI, self.curvature.root_II))
+        if cut not in self.parts:
+            direction_Or = self.directions[whole][:, : option.rank]
+            (factors,) = factorize([w_OI], [direction_Or], self.curvature.factor_II, option.factor_bits)
+            self.parts[cut] = _Part(factors, direction_Or)
+        return self.parts[cut]
+
+    def _leading(self, weighted_OI: Tensor) -> Tensor:
+        return leading_directions(weighted_OI[None], self.largest)[0]
+
+
 class _Search:
     """The Q and L·R that a problem stands at, and the best pair so far."""
 
     def __init__(self, problem: _Problem) -> None:
         self.problem, self.option = problem, problem.option
         self.best = Decomposition(problem.option, None, None)
-        self.least = self.error = self.plain_error = float("inf")
+        self.least = self.error = float("inf")
         self.gained = False
 
-    def stand_on(self, quantized: Quantized, residual_OI: Tensor, weighted_OI: Tensor) -> None:
-        """Q, W − Q and (W − Q)S."""
-        self.quantized, self.residual_OI, self.weighted_OI = quantized, residual_OI, weighted_OI
+    def stand_on(self, quantized: Quantized, curvature: Curvature) -> None:
+        self.quantized = quantized
+        self.residual_OI = self.problem.weight_OI - quantized.dequantize()
+        self.weighted_OI = through(self.residual_OI, curvature.root_II)
+
+    def stand_like(self, other: _Search) -> None:
+        self.quantized, self.residual_OI = other.quantized, other.residual_OI
+        self.weighted_OI, self.plain_error = other.weighted_OI, other.plain_error
 
     def measured(self, curvature: Curvature) -> Tensor:
         """‖(W − Q)S − L(RS)‖²."""
@@ -221,18 +279,20 @@ class _Search:
         return (group_ranges(w_OI, self.option.group_size).square_() * pivot_1G).sum()
 
 
-def _restarted(searches: Sequence[_Search], parts: Sequence[_Part], curvature: Curvature) -> list[_Search]:
+def _restarted(searches: Sequence[_Search], starts: _Starts, curvature: Curvature) -> list[_Search]:
     """Searches where Q of W − LR, L·R the best low-rank part of W, may leave the least error; they take up that L·R."""
-    left = torch.stack(
+    foretold = torch.stack(
         [
-            s.ranges(s.problem.weight_OI - part.factors.product(), curvature)
-            for s, part in zip(searches, parts, strict=True)
+            s.plain_error
+            * s.ranges(s.problem.weight_OI - starts.part(s.problem).factors.product(), curvature)
+            / s.ranges(s.problem.weight_OI, curvature)
+            for s in searches
         ]
     )
-    whole = torch.stack([s.ranges(s.problem.weight_OI, curvature) for s in searches])
     again = []
-    for search, part, rest, all_of_it in zip(searches, parts, left.tolist(), whole.tolist(), strict=True):
-        if search.plain_error * rest < worth_trying(search.option.bits) * search.least * all_of_it:
+    for search, error in zip(searches, foretold.tolist(), strict=True):
+        if error < worth_trying(search.option.bits) * search.least:
+            part = starts.part(search.problem)
             search.factors, search.direction_Or = part.factors, part.direction_Or
             again.append(search)
     return again
@@ -241,29 +301,6 @@ def _restarted(searches: Sequence[_Search], parts: Sequence[_Part], curvature: C
 def worth_trying(bits: int) -> float:
     """Error foretold of the second start, over the first's, up to which it is tried: coarse grids clip, tell less."""
     return 1 + 0.4 * 2 ** (2 - bits)
-
-
-def _stand_on_starts(
-    searches: Sequence[_Search], curvature: Curvature, starts: dict[_Start, Quantized | None]
-) -> None:
-    """Q of W, its error and its leading directions, which problems that differ in their factors alone share."""
-    alike: dict[_Start, list[_Search]] = {}
-    for search in searches:
-        alike.setdefault(search.problem.start, []).append(search)
-    if missing := [group[0].problem for start, group in alike.items() if starts[start] is None]:
-        for problem, quantized in zip(missing, _quantized_of(missing, curvature), strict=True):
-            starts[problem.start] = quantized
-    for start, group in alike.items():
-        quantized = starts[start]
-        assert quantized is not None
-        residual_OI = group[0].problem.weight_OI - quantized.dequantize()
-        weighted_OI = through(residual_OI, curvature.root_II)
-        plain_error = weighted_OI.square().sum().item()
-        direction_Or = leading_directions(weighted_OI[None], max(s.option.rank for s in group))[0]
-        for search in group:
-            search.stand_on(quantized, residual_OI, weighted_OI)
-            search.plain_error = plain_error
-            search.direction_Or = direction_Or[:, : search.option.rank]
 
 
 def _refit(searches: Sequence[_Search], curvature: Curvature) -> None:
@@ -285,8 +322,7 @@ def _requantize(searches: Sequence[_Search], curvature: Curvature) -> None:
     problems = [s.problem for s in searches]
     rests = [s.problem.weight_OI - s.factors.product() for s in searches]
     for search, quantized in zip(searches, _gptq(rests, problems, curvature), strict=True):
-        residual_OI = search.problem.weight_OI - quantized.dequantize()
-        search.stand_on(quantized, residual_OI, through(residual_OI, curvature.root_II))
+        search.stand_on(quantized, curvature)
 
 
 def _sharpen(searches: Sequence[_Search]) -> None:
@@ -307,25 +343,3 @@ def _consider(searches: Sequence[_Search], curvature: Curvature) -> None:
         if error < search.least:
             search.least = error
             search.best = Decomposition(search.option, search.quantized, search.factors)
-
-
-def _low_rank_parts(problems: Sequence[_Problem], curvature: Curvature) -> list[_Part]:
-    """The best low-rank part of every W; what options share is found once."""
-    largest: dict[int, int] = {}
-    for problem in problems:
-        key = id(problem.weight_OI)
-        largest[key] = max(problem.option.rank, largest.get(key, 0))
-    directions: dict[int, Tensor] = {}
-    parts: dict[tuple[int, int, int], _Part] = {}
-    found = []
-    for problem in problems:
-        w_OI, option, key = problem.weight_OI, problem.option, id(problem.weight_OI)
-        if key not in directions:
-            directions[key] = leading_directions(through(w_OI, curvature.root_II)[None], largest[key])[0]
-        cut = key, option.rank, option.factor_bits
-        if cut not in parts:
-            direction_Or = directions[key][:, : option.rank]
-            (factors,) = factorize([w_OI], [direction_Or], curvature.factor_II, option.factor_bits)
-            parts[cut] = _Part(factors, direction_Or)
-        found.append(parts[cut])
-    return found
