@@ -103,13 +103,13 @@ def report(
 
     def column_loop() -> None:
         state = _State.of(w_POI, factor_II, WIDTHS, groups)
-        _round_halves(state, _Leaf(state), LEAF, 0, columns)
+        _round_halves(state, _Leaf(state), LEAF)
 
     def products_alone() -> float:
         state = _State.of(w_POI, factor_II, WIDTHS, groups)
         state.error_IR.zero_()
-        _round_halves(state, lambda *_: None, FUSED, 0, columns)
-        return seconds(lambda: _round_halves(state, lambda *_: None, FUSED, 0, columns), repeats)
+        _round_halves(state, lambda *_: None, FUSED)
+        return seconds(lambda: _round_halves(state, lambda *_: None, FUSED), repeats)
 
     def search() -> None:
         search_grid(group_gO, factor_II.diagonal()[:group_size, None], w_OI.new_full((rows,), 15.0))

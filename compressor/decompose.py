@@ -10,19 +10,23 @@ L·R the best low-rank part of W itself, which is at its fixed point after one. 
 win, and that can be foretold: GPTQ's output error is Σ d_i e_oi² over its rounding errors, d the pivots of H (QuIP,
 arXiv 2307.13304), and those are as large as the range of their group.
 
+Both end with coordinate descent on the codes of Q (`descent.py`), which alternation starts without: from codes that it
+has bent to W alone, factors find less.
+
 One product by S a round gives the error, tr((W − Q − LR) H (W − Q − LR)ᵀ) = ‖(W − Q)S − L(RS)‖², and the next factors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from allocator.errors import BitrankError
 from allocator.storage import KEEP_BITS, Option
+from compressor.descent import descended
 from compressor.gptq import gptq, inverse_factor
 from compressor.grid import Quantized, group_ranges, grouped
 from compressor.lowrank import (
@@ -120,9 +124,10 @@ def decompose(
     starts = _Starts(curvature, mixed + low_rank)
     batch = max(1, elements // (rows * columns))
     for chunk in _batches(plain, batch):
-        for problem, quantized in zip(chunk, _quantized_of(chunk, curvature), strict=True):
-            starts.offer(problem, quantized)
-            yield problem.place, Decomposition(problem.option, quantized, None)
+        quantized = _quantized_of(chunk, curvature)
+        starts.offer(chunk, quantized)
+        for problem, better in zip(chunk, _descended_of(chunk, quantized, curvature), strict=True):
+            yield problem.place, Decomposition(problem.option, better, None)
     for problem in low_rank:
         yield problem.place, Decomposition(problem.option, None, starts.part(problem).factors)
     for chunk in _batches(mixed, batch):
@@ -155,6 +160,13 @@ def _quantized_of(problems: Sequence[_Problem], curvature: Curvature) -> list[Qu
     return _gptq([problem.weight_OI for problem in problems], problems, curvature)
 
 
+def _descended_of(
+    problems: Sequence[_Problem], quantized: Sequence[Quantized], curvature: Curvature
+) -> list[Quantized]:
+    """Q of W with better codes."""
+    return descended(torch.stack([p.weight_OI for p in problems]), quantized, curvature.hessian_II)
+
+
 def _gptq(targets: Sequence[Tensor], problems: Sequence[_Problem], curvature: Curvature) -> list[Quantized]:
     options = [problem.option for problem in problems]
     w_POI = torch.stack(list(targets))
@@ -181,6 +193,7 @@ def _alternate(
         _refit(again, curvature)
         _requantize(again, curvature)
         _consider(again, curvature)
+    _polish(searches, curvature)
     return searches
 
 
@@ -203,10 +216,11 @@ class _Starts:
         self.directions: dict[_Start, Tensor] = {}
         self.parts: dict[tuple[int, int, int], _Part] = {}
 
-    def offer(self, problem: _Problem, quantized: Quantized) -> None:
+    def offer(self, problems: Sequence[_Problem], quantized: Sequence[Quantized]) -> None:
         """Q of W, which a search may start from."""
-        if problem.start in self.wanted:
-            self.quantized[problem.start] = quantized
+        for problem, q in zip(problems, quantized, strict=True):
+            if problem.start in self.wanted:
+                self.quantized[problem.start] = q
 
     def _quantize(self, problems: Sequence[_Problem]) -> None:
         """Find every Q of W that these need and nobody offered."""
@@ -323,6 +337,19 @@ def _requantize(searches: Sequence[_Search], curvature: Curvature) -> None:
     rests = [s.problem.weight_OI - s.factors.product() for s in searches]
     for search, quantized in zip(searches, _gptq(rests, problems, curvature), strict=True):
         search.stand_on(quantized, curvature)
+
+
+def _polish(searches: Sequence[_Search], curvature: Curvature) -> None:
+    """Better codes for the best Q, its factors as they are."""
+    rests, quantized = [], []
+    for search in searches:
+        assert search.best.quantized is not None and search.best.factors is not None
+        rests.append(search.problem.weight_OI - search.best.factors.product())
+        quantized.append(search.best.quantized)
+    for search, better in zip(
+        searches, descended(torch.stack(rests), quantized, curvature.hessian_II), strict=True
+    ):
+        search.best = replace(search.best, quantized=better)
 
 
 def _sharpen(searches: Sequence[_Search]) -> None:

@@ -62,15 +62,19 @@ def cholesky(hessian_II: Tensor, damping: float) -> Tensor:
             "the Hessian has NaN or infinite entries; check the calibration activations"
         )
     h_II = hessian_II.to(torch.float64, copy=True)
-    diagonal_I = h_II.diagonal()
-    mean = diagonal_I[diagonal_I > 0].mean() if (diagonal_I > 0).any() else diagonal_I.new_ones(())
-    diagonal_I[diagonal_I <= 0] = mean
-    diagonal_I += damping * mean
+    h_II.diagonal().copy_(damped_diagonal(hessian_II, damping))
     failed = torch.zeros((), dtype=torch.int32, device=h_II.device)
     torch.linalg.cholesky_ex(h_II, out=(h_II, failed))
     if failed or not torch.isfinite(h_II).all():  # cuSOLVER can report success and return NaN
         raise SingularHessianError("the Hessian is not positive definite; raise the damping")
     return h_II.float()
+
+
+def damped_diagonal(hessian_II: Tensor, damping: float = DAMPING) -> Tensor:
+    """diag H + damping·mean(diag H), float64 (I,); columns that no token excites count as average."""
+    diagonal_I = hessian_II.diagonal().double()
+    mean = diagonal_I[diagonal_I > 0].mean() if (diagonal_I > 0).any() else diagonal_I.new_ones(())
+    return torch.where(diagonal_I > 0, diagonal_I, mean) + damping * mean
 
 
 def gptq(
@@ -86,9 +90,9 @@ def gptq(
     state = _State.of(w_POI, factor_II, bits, group_sizes)
     round_block = _kernel(w_POI.device.type, group_sizes)
     if round_block is None:
-        _round_halves(state, _Leaf(state), LEAF, 0, columns)
+        _round_halves(state, _Leaf(state), LEAF)
     else:
-        _round_halves(state, partial(_round_fused, round_block), FUSED, 0, columns)
+        _round_halves(state, partial(_round_fused, round_block), FUSED)
     code_POI = state.code_IR.T.reshape(problems, rows, columns)
     scale_SPO = state.scale_SR.view(-1, problems, rows)
     zero_SPO = state.zero_SR.view(-1, problems, rows)
@@ -139,31 +143,48 @@ class _State:
             scale_SR,
             torch.empty_like(scale_SR),
             factor_II,
-            _maximum(tuple(bits), w_IR.device),
+            maximum_codes(tuple(bits), w_IR.device),
             tuple(group_sizes),
         )
 
 
 @cache
-def _maximum(bits: tuple[int, ...], device: torch.device) -> Tensor:
+def maximum_codes(bits: tuple[int, ...], device: torch.device) -> Tensor:
+    """2^bits − 1, float32 (P,)."""
     return torch.tensor([2.0**b - 1 for b in bits], device=device)
 
 
-def _round_halves(
-    state: _State, round_leaf: Callable[[_State, int, int], None], leaf: int, start: int, end: int
+def in_halves(
+    visit: Callable[[int, int], None],
+    spread: Callable[[int, int, int], None],
+    leaf: int,
+    start: int,
+    end: int,
 ) -> None:
-    """Round columns start to end, `leaf` at a time, and spread each half's errors over the other half."""
+    """Visit columns start to end, `leaf` at a time; after a half, spread what changed in it over the other half.
+
+    spread is given where the first half starts, where the second does, and where that ends.
+    """
     if end - start <= leaf:
-        round_leaf(state, start, end)
+        visit(start, end)
         return
     middle = start + leaf
     while 2 * (middle - start) < end - start:
         middle = start + 2 * (middle - start)
-    _round_halves(state, round_leaf, leaf, start, middle)
-    spread_II = state.factor_II[start:middle, middle:end].T
-    with tensor_cores():
-        state.w_IR[middle:end].addmm_(spread_II, state.error_IR[start:middle], alpha=-1)
-    _round_halves(state, round_leaf, leaf, middle, end)
+    in_halves(visit, spread, leaf, start, middle)
+    spread(start, middle, end)
+    in_halves(visit, spread, leaf, middle, end)
+
+
+def _round_halves(state: _State, round_leaf: Callable[[_State, int, int], None], leaf: int) -> None:
+    """Round all columns, `leaf` at a time."""
+
+    def spread(start: int, middle: int, end: int) -> None:
+        spread_II = state.factor_II[start:middle, middle:end].T
+        with tensor_cores():
+            state.w_IR[middle:end].addmm_(spread_II, state.error_IR[start:middle], alpha=-1)
+
+    in_halves(partial(round_leaf, state), spread, leaf, 0, len(state.w_IR))
 
 
 class _Leaf:

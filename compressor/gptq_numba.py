@@ -1,7 +1,8 @@
-"""The innermost part of GPTQ for the CPU: one compiled pass rounds 128 columns of a few rows that stay in cache.
+"""The innermost parts of GPTQ and of descent for the CPU: 128 columns of a few rows that stay in cache.
 
 What lives here: searching the grid of every group that starts in those columns and rounding them one by one, as
-`gptq.py` and `grid.py` describe. Sums run in another order than in torch, so codes agree with it up to rounding.
+`gptq.py` and `grid.py` describe, or moving their codes, as `descent.py` does. Sums run in another order than in torch,
+so codes agree with it up to rounding.
 
 Letters: b columns of a block, t rows of a tile, R rows of all problems, S slots of 32 columns, g columns of a group,
 T trials. A row never depends on another row, so tiles run on as many threads as torch has, with the same result.
@@ -9,7 +10,7 @@ T trials. A row never depends on another row, so tiles run on as many threads as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -52,11 +53,38 @@ def round_block(
         for problem, first, last in tiles:
             _round_tile(*arrays, np.float32(maximum[problem]), group_sizes[problem], first, last)
 
-    tiles = list(_tiles(len(group_sizes), rows))
+    _share(round_tiles, list(_tiles(len(group_sizes), rows)))
+
+
+def descend_block(
+    pull_bR: Tensor,
+    change_bR: Tensor,
+    code_bR: Tensor,
+    scale_SR: Tensor,
+    hessian_bb: Tensor,
+    diagonal_b: Tensor,
+    maximum_P: Tensor,
+) -> None:
+    """Move the codes of one block in place; shapes and contents as for `descent.descend_by_column`."""
+    rows = pull_bR.shape[1] // len(maximum_P)
+    arrays = [t.numpy() for t in (pull_bR, change_bR, code_bR, scale_SR, hessian_bb.contiguous(), diagonal_b)]
+    maximum = maximum_P.tolist()
+
+    def descend_tiles(tiles: Sequence[tuple[int, int, int]]) -> None:
+        for problem, first, last in tiles:
+            _descend_tile(*arrays, np.float32(maximum[problem]), first, last)
+
+    _share(descend_tiles, list(_tiles(len(maximum), rows)))
+
+
+def _share(
+    work: Callable[[Sequence[tuple[int, int, int]]], None], tiles: Sequence[tuple[int, int, int]]
+) -> None:
+    """Tiles dealt out to as many threads as torch has."""
     threads = min(torch.get_num_threads(), len(tiles))
     shares = [tiles[thread::threads] for thread in range(threads)]
-    others = [_pool().submit(round_tiles, share) for share in shares[1:]]
-    round_tiles(shares[0])
+    others = [_pool().submit(work, share) for share in shares[1:]]
+    work(shares[0])
     for other in others:
         other.result()
 
@@ -116,6 +144,40 @@ def _round_tile(
     for column in range(columns):
         for t in range(count):
             code_bR[column, first + t] = np.uint8(w_bt[column, t])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _descend_tile(
+    pull_bR: Floats,
+    change_bR: Floats,
+    code_bR: NDArray[np.uint8],
+    scale_SR: Floats,
+    hessian_bb: Floats,
+    diagonal_b: Floats,
+    maximum: np.float32,
+    first: int,
+    last: int,
+) -> None:
+    columns, count = pull_bR.shape[0], last - first
+    pull_bt, scale_t = np.zeros((columns, TILE), np.float32), np.ones(TILE, np.float32)
+    before_t, change_t = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
+    pull_bt[:, :count] = pull_bR[:, first:last]
+    for column in range(columns):
+        scale_t[:count] = scale_SR[column // LEAF, first:last]
+        before_t[:count] = code_bR[column, first:last]
+        diagonal = diagonal_b[column]
+        for t in range(TILE):
+            wanted = before_t[t] + pull_bt[column, t] / diagonal / scale_t[t]
+            code = min(max((wanted + ROUNDER) - ROUNDER, np.float32(0)), maximum)
+            change_t[t] = (code - before_t[t]) * scale_t[t]
+            before_t[t] = code
+        for later in range(column + 1, columns):
+            spread = hessian_bb[column, later]
+            for t in range(TILE):
+                pull_bt[later, t] -= spread * change_t[t]
+        change_bR[column, first:last] = change_t[:count]
+        for t in range(count):
+            code_bR[column, first + t] = np.uint8(before_t[t])
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

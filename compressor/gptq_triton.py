@@ -1,7 +1,7 @@
-"""GPTQ of a block of 128 columns in one Triton kernel: grids searched, columns rounded, errors spread inside the block.
+"""A block of 128 columns in one Triton kernel: rounded by GPTQ, grids searched first, or its codes moved by descent.
 
-What lives here: the kernel and its launch. The products that spread a block's errors over the columns to come, and
-everything that holds on any device, are in `gptq.py`; the search repeats `grid.search_grid` step by step.
+What lives here: two kernels and their launches. The products that spread a block's changes over the columns to come,
+and everything that holds on any device, are in `gptq.py` and `descent.py`; the search repeats `grid.search_grid`.
 
 Letters: P problems, O rows of each, R = P·O, I columns, C columns of the block, S = I / 32 slots, L = 32 columns of a
 leaf, g of a group. A row never depends on another row, so one warp takes 32 rows through the whole block. What bounds
@@ -70,6 +70,35 @@ def round_block(
             num_warps=1,
             num_stages=1,
         )
+
+
+def descend_block(
+    pull_CR: Tensor,
+    change_CR: Tensor,
+    code_CR: Tensor,
+    scale_SR: Tensor,
+    hessian_CC: Tensor,
+    diagonal_C: Tensor,
+    maximum_P: Tensor,
+) -> None:
+    """Move the codes of one block in place; shapes and contents as for `descent.descend_by_column`."""
+    problems, columns = len(maximum_P), len(code_CR)
+    rows = code_CR.shape[1] // problems
+    _descend_block[(triton.cdiv(rows, 32), problems)](
+        pull_CR,
+        change_CR,
+        code_CR,
+        scale_SR,
+        hessian_CC,
+        diagonal_C,
+        maximum_P,
+        rows,
+        code_CR.shape[1],
+        *hessian_CC.stride(),
+        columns,
+        num_warps=1,
+        num_stages=1,
+    )
 
 
 @cache
@@ -233,4 +262,77 @@ def _round_block(
             w_LR = tl.load(later_ptr, mask=within_LR, other=0.0)
             w_LR -= tl.dot(spread_LL, error_LR, input_precision="tf32x3")
             tl.store(later_ptr, w_LR, mask=within_LR)
+        tl.debug_barrier()
+
+
+@triton.jit
+def _descend_leaf(pull_LR, code_LR, hessian_ptr, diagonal_ptr, down, right, left, scale, maximum):
+    """Codes and changes (L, R) of one leaf's first `left` columns. What is spread back is not read again."""
+    leaf = tl.arange(0, _LEAF)
+    change_LR = tl.zeros((_LEAF, 32), tl.float32)
+    spread_next_L = tl.load(hessian_ptr + leaf * right, mask=leaf < left, other=0.0)
+    for column in range(left):
+        spread_L = spread_next_L
+        later = min(column + 1, left - 1)
+        spread_next_L = tl.load(hessian_ptr + later * down + leaf * right, mask=leaf < left, other=0.0)
+        diagonal = tl.load(diagonal_ptr + column)
+        now_L1 = (leaf == column)[:, None]
+        pull = tl.sum(tl.where(now_L1, pull_LR, 0.0), axis=0)
+        before = tl.sum(tl.where(now_L1, code_LR, 0.0), axis=0)
+        wanted = before + tl.div_rn(tl.div_rn(pull, tl.zeros_like(pull) + diagonal), scale)
+        code = tl.minimum(tl.maximum(_nearest(wanted), 0.0), maximum)
+        change = (code - before) * scale
+        pull_LR -= spread_L[:, None] * change[None, :]
+        code_LR = tl.where(now_L1, code[None, :], code_LR)
+        change_LR = tl.where(now_L1, change[None, :], change_LR)
+    return code_LR, change_LR
+
+
+@triton.jit(do_not_specialize_on_alignment=["code_ptr"])
+def _descend_block(
+    pull_ptr,
+    change_ptr,
+    code_ptr,
+    scale_ptr,
+    hessian_ptr,
+    diagonal_ptr,
+    maximum_ptr,
+    rows,
+    stride: tl.int64,
+    down: tl.int64,
+    right: tl.int64,
+    columns: tl.constexpr,
+):
+    """`down` and `right` are the Hessian's strides."""
+    row = tl.program_id(0) * 32 + tl.arange(0, 32)
+    inside = row < rows
+    place = (tl.program_id(1) * rows + row).to(tl.int64)
+    pull_ptr, change_ptr, code_ptr = pull_ptr + place, change_ptr + place, code_ptr + place
+    maximum = tl.load(maximum_ptr + tl.program_id(1))
+    leaf = tl.arange(0, _LEAF)
+    for start in range(0, columns, _LEAF):
+        column_L = start + leaf
+        offset_LR = column_L[:, None] * stride
+        within_LR = (column_L < columns)[:, None] & inside[None, :]
+        pull_LR = tl.load(pull_ptr[None, :] + offset_LR, mask=within_LR, other=0.0)
+        code_LR = tl.load(code_ptr[None, :] + offset_LR, mask=within_LR, other=0).to(tl.float32)
+        scale = tl.load(scale_ptr + start // _LEAF * stride + place, mask=inside, other=1.0)
+        leaf_ptr, left = hessian_ptr + start * (down + right), min(columns - start, _LEAF)
+        code_LR, change_LR = _descend_leaf(
+            pull_LR, code_LR, leaf_ptr, diagonal_ptr + start, down, right, left, scale, maximum
+        )
+        tl.store(code_ptr[None, :] + offset_LR, code_LR.to(tl.uint8), mask=within_LR)
+        tl.store(change_ptr[None, :] + offset_LR, change_LR, mask=within_LR)
+        for later in range(start + _LEAF, columns, _LEAF):
+            later_L = later + leaf
+            within_LR = (later_L < columns)[:, None] & inside[None, :]
+            spread_LL = tl.load(
+                hessian_ptr + column_L[None, :] * down + later_L[:, None] * right,
+                mask=(later_L < columns)[:, None],
+                other=0.0,
+            )
+            later_ptr = pull_ptr[None, :] + later_L[:, None] * stride
+            pull_LR = tl.load(later_ptr, mask=within_LR, other=0.0)
+            pull_LR -= tl.dot(spread_LL, change_LR, input_precision="tf32x3")
+            tl.store(later_ptr, pull_LR, mask=within_LR)
         tl.debug_barrier()

@@ -32,7 +32,7 @@ def problem(normal: MakeTensor, correlated: MakeTensor, rows: int, columns: int)
 
 def by_the_loop(w_POI: Tensor, factor_II: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     state = _State.of(w_POI, factor_II, BITS, GROUP_SIZES)
-    _round_halves(state, _Leaf(state), LEAF, 0, w_POI.shape[2])
+    _round_halves(state, _Leaf(state), LEAF)
     return state.code_IR, state.scale_SR, state.zero_SR
 
 
