@@ -48,18 +48,26 @@ class Progressive:
     step_bits: float = -2.0
 
 
-Strategy = Optimal | Uniform | Progressive
+@dataclass(frozen=True, slots=True)
+class ByRules:
+    """The first of `rules` that matches each layer."""
+
+    rules: tuple[Rule, ...]
+
+
+Strategy = Optimal | Uniform | Progressive | ByRules
 
 GRAMMAR = {
     "optimal": "optimal",
     "uniform": "uniform:BITS[:rRANK][:gGROUP], like uniform:3 or uniform:3:r64",
     "progressive": "progressive[:fall|:rise]",
+    "policy": "policy, with a file of rules",
 }
 """Strategies that a text can name. The others take arguments that a text cannot hold."""
 
 
-def parse_strategy(text: str) -> Strategy:
-    """Read `optimal`, `uniform:3`, `uniform:3:r64`, `uniform:3:g128` or `progressive:rise`.
+def parse_strategy(text: str, rules: tuple[Rule, ...] = ()) -> Strategy:
+    """Read `optimal`, `uniform:3`, `uniform:3:r64`, `uniform:3:g128`, `progressive:rise`, or `policy` of rules.
 
     Raises `StrategyError` with the nearest known name and the whole list.
     """
@@ -74,6 +82,10 @@ def parse_strategy(text: str) -> Strategy:
         return _parse_uniform(text, fields)
     if name == "progressive" and fields in ([], ["fall"], ["rise"]):
         return Progressive(2.0 if fields == ["rise"] else -2.0)
+    if name == "policy" and not fields:
+        if not rules:
+            raise StrategyError("strategy 'policy' needs rules; give a file with --policy")
+        return ByRules(rules)
     if name == "optimal" and not fields:
         return Optimal()
     raise _malformed(text, name)
@@ -100,12 +112,14 @@ def _malformed(text: str, name: str) -> StrategyError:
 def choose(strategy: Strategy, menu: Menu, total_bytes: int) -> Integers:
     """The choice (G,) of `strategy` when the whole checkpoint may take `total_bytes`.
 
-    `Uniform` has the bytes it has: compare `choice_bytes` with the budget.
+    `Uniform` and `ByRules` have the bytes they have: compare `choice_bytes` with the budget.
     """
     if isinstance(strategy, Uniform):
         return uniform(menu, strategy.bits, strategy.rank, strategy.group_size)
     if isinstance(strategy, Progressive):
         return progressive(menu, total_bytes, strategy.step_bits)
+    if isinstance(strategy, ByRules):
+        return policy(menu, strategy.rules)
     return optimal(menu, total_bytes)
 
 
@@ -168,32 +182,52 @@ def manual(menu: Menu, options: Mapping[str, Option]) -> Integers:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`option` for layers whose name matches `name`, whose shape is `shape` (rows, columns) if given, and
-    whose number of weights lies in [min_weights, max_weights]."""
+    """`option` for layers whose name matches `name`, whose shape is `shape` (rows, columns) if given, whose
+    number of weights lies in [min_weights, max_weights], whose smaller side is at least `min_side`, and which
+    lie in the first or last blocks, if either is given."""
 
     option: Option
     name: str = "*"
     shape: tuple[int, int] | None = None
     min_weights: int = 0
     max_weights: int | None = None
+    min_side: int = 0
+    first_blocks: int = 0
+    last_blocks: int = 0
 
-    def matches(self, layer: LayerMenu) -> bool:
+    def matches(self, layer: LayerMenu, menu: Menu) -> bool:
         if not fnmatchcase(layer.name, self.name) or layer.weights < self.min_weights:
             return False
         if self.shape is not None and self.shape != (layer.rows, layer.columns):
             return False
+        if min(layer.rows, layer.columns) < self.min_side or not self._lies_in(layer, menu):
+            return False
         return self.max_weights is None or layer.weights <= self.max_weights
+
+    def _lies_in(self, layer: LayerMenu, menu: Menu) -> bool:
+        if not self.first_blocks and not self.last_blocks:
+            return True
+        block, last = block_index(layer.name), max(block_index(other.name) for other in menu.layers)
+        return block < self.first_blocks or block > last - self.last_blocks
 
 
 def policy(menu: Menu, rules: Sequence[Rule]) -> Integers:
-    """The option of the first rule that matches each layer. Raises `StrategyError` for a layer without
-    one."""
+    """The option of the first rule that matches each layer.
+
+    Raises `StrategyError` for a layer without one, and for an option that cannot be or was not measured.
+    """
 
     def option_of(layer: LayerMenu) -> Option:
-        for rule in rules:
-            if rule.matches(layer):
-                return rule.option
-        raise StrategyError(f"no rule covers {layer.name!r}; add one for '*' at the end")
+        option = next((rule.option for rule in rules if rule.matches(layer, menu)), None)
+        if option is None:
+            raise StrategyError(f"no rule covers {layer.name!r}; add one for '*' at the end")
+        side = min(layer.rows, layer.columns)
+        if option.rank > side:
+            raise StrategyError(
+                f"rank {option.rank} of {layer.name!r} exceeds the smaller side of a {layer.rows} × {layer.columns}"
+                f" matrix; use at most {side}"
+            )
+        return option
 
     return _choice(_first_offered(layer, [option_of(layer)]) for layer in menu.layers)
 
@@ -285,12 +319,17 @@ def _first_offered(layer: LayerMenu, candidates: Sequence[Option]) -> int:
         if option in layer.options:
             return layer.options.index(option)
     wanted = candidates[0]
-    rank = f", rank {wanted.rank}" if wanted.rank else ""
-    offered = ", ".join(sorted({f"{o.bits} bits g{o.group_size} r{o.rank}" for o in layer.options})[:12])
+    rank = f", rank {wanted.rank} with {wanted.factor_bits}-bit factors" if wanted.rank else ""
+    offered = ", ".join(sorted({_spelled(option) for option in layer.options})[:12])
     raise StrategyError(
         f"{layer.name!r} does not offer {wanted.bits} bits, group {wanted.group_size}{rank}; "
         f"it offers {offered}; profile it with that option or choose another"
     )
+
+
+def _spelled(option: Option) -> str:
+    factors = f"/{option.factor_bits}" if option.rank else ""
+    return f"{option.bits} bits g{option.group_size} r{option.rank}{factors}"
 
 
 def _highest_level(menu: Menu, total_bytes: int, offset: Floats, group_size: int) -> Integers:

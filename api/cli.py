@@ -22,7 +22,9 @@ from api.progress import ProgressLine, progress
 
 if TYPE_CHECKING:
     from allocator.plan import Plan
+    from allocator.policy import Policy
     from allocator.verification import Verification
+    from profiler.profile import Profile
 
 app = typer.Typer(
     name="bitrank",
@@ -37,6 +39,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 ProfileDirectory = Annotated[
     Path, typer.Argument(metavar="PROFILE", help="A directory `bitrank profile` wrote.")
+]
+PolicyFile = Annotated[
+    Path | None, typer.Option("--policy", metavar="FILE", help="YAML rules for the strategy policy.")
 ]
 MODEL_HELP = "'demo', a model directory or a hub id."
 
@@ -135,7 +140,7 @@ def profile(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = 40_960,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
-    bits: Annotated[str, typer.Option(help="Bit widths to measure.")] = "2,3,4,5,6,8",
+    bits: Annotated[str, typer.Option(help="Bit widths to measure; 0 is low rank alone.")] = "2,3,4,5,6,8",
     ranks: Annotated[
         str | None, typer.Option(help="Ranks to measure; by the model's width if absent.")
     ] = None,
@@ -157,7 +162,9 @@ def profile(
     from api.usecases import profile_model
     from profiler.run import ProfileSettings
 
-    widths = _numbers(bits, "--bits", {2, 3, 4, 5, 6, 8})
+    widths = _numbers(bits, "--bits", {0, 2, 3, 4, 5, 6, 8})
+    if not any(widths):
+        raise typer.BadParameter("--bits 0, which is low rank alone, needs another width beside it")
     settings = ProfileSettings(
         calibration=calibration,
         tokens=tokens,
@@ -247,6 +254,7 @@ def plan(
     ],
     budget: Annotated[str | None, typer.Option(help="700MiB, 1.5GB, 25% or 3.25bpw.")] = None,
     strategy: Annotated[str, typer.Option(help="optimal, uniform:3, uniform:3:r64, …")] = "optimal",
+    policy: PolicyFile = None,
     target: Annotated[
         str | None,
         typer.Option(help="Only what this runtime executes: vllm, llm-compressor, gptqmodel, llama.cpp."),
@@ -264,7 +272,9 @@ def plan(
 ) -> None:
     """Decide every layer's bits and rank for one budget, with a certificate."""
     if server is None:
-        made, size = _planned_here(Path(profile), budget, strategy, target, verify, device)
+        made, size = _planned_here(Path(profile), budget, strategy, target, verify, device, policy)
+    elif policy is not None:
+        raise typer.BadParameter("--policy is read here and cannot go to a --server; leave one of them out")
     else:
         made, size = _planned_there(server, profile, budget, strategy, target, verify), ""
     made.save(output)
@@ -295,14 +305,17 @@ def compare(
     budget: Annotated[
         str | None, typer.Option(help="For strategies without a size of their own: 700MiB, 25% or 3.25bpw.")
     ] = None,
+    policy: PolicyFile = None,
     device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
     """Measure strategies, each beside the optimum at the same bytes."""
     from api.usecases import compare_strategies
+    from profiler.profile import load_profile
 
     named = strategies or ["uniform:2", "uniform:3", "uniform:4"]
-    found = compare_strategies(profile, named, budget, progress(), device)
+    rules = None if policy is None else _policy(policy, load_profile(profile), "policy" in named)
+    found = compare_strategies(profile, named, budget, progress(), device, rules)
     if json_output:
         return _print_json({"comparisons": [asdict(pair) | {"saved": pair.saved} for pair in found]})
     _print_table(
@@ -346,15 +359,23 @@ def describe_verification(found: Verification) -> str:
 
 
 def _planned_here(
-    profile: Path, budget: str | None, strategy: str, target: str | None, verify: bool, device: str
+    profile: Path,
+    budget: str | None,
+    strategy: str,
+    target: str | None,
+    verify: bool,
+    device: str,
+    policy: Path | None,
 ) -> tuple[Plan, str]:
     """The plan, and how its size is told in bits per weight."""
     from api.usecases import bits_per_weight, check_planning, plan_budget, verify_plan
     from profiler.profile import load_profile
 
-    check_planning(budget, strategy, False, target)
+    if policy is None:
+        check_planning(budget, strategy, False, target)
     loaded = load_profile(profile)
-    made = plan_budget(loaded, budget, strategy, target=target)
+    rules = _policy(policy, loaded, strategy == "policy")
+    made = plan_budget(loaded, budget, strategy, target=target, policy=rules)
     if verify:
         made = verify_plan(made, loaded, progress(), device)
     return made, f", {bits_per_weight(loaded.menu, made.total_bytes):.3f} bpw"
@@ -512,6 +533,20 @@ def peak_memory_bytes() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _policy(path: Path | None, profile: Profile, asked_for: bool) -> Policy | None:
+    """The rules of --policy; what they do not reach is said on stderr."""
+    from allocator.policy import load_policy
+
+    if path is None:
+        return None
+    if not asked_for:
+        raise typer.BadParameter("--policy goes with the strategy policy; name it")
+    policy = load_policy(path)
+    for sentence in policy.unmatched(profile.menu):
+        print(f"bitrank: {sentence}", file=sys.stderr)
+    return policy
 
 
 def _numbers(text: str, option: str, allowed: set[int] | None = None) -> tuple[int, ...]:

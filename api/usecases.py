@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from allocator.planner import Planner
+    from allocator.policy import Energies, Policy
     from allocator.problem import Menu, Solution
+    from allocator.strategies import Rule
     from profiler.calibration import Progress
     from profiler.evaluation import Fidelity
     from profiler.layers import LoadedModel
@@ -99,14 +101,17 @@ def plan_budget(
     strategy: str = "optimal",
     constraints: Constraints | None = None,
     target: str | None = None,
+    policy: Policy | None = None,
 ) -> Plan:
-    """Plan one budget for a target runtime. A uniform strategy has a size of its own and needs no budget.
+    """Plan one budget for a target runtime. A uniform strategy or a policy has a size of its own and needs no budget.
 
     Raises what `check_planning` raises, `ConstraintError`, `InfeasibleError` and `BudgetAboveOriginalError`.
     """
-    check_planning(budget, strategy, constraints is not None, target)
-    planner, parsed, required = planner_for(profile, target), parse_strategy(strategy), constraints
+    planner, required = planner_for(profile, target), constraints
     menu = planner.menu
+    rules = () if policy is None else policy.resolved(menu, energies_of(profile, policy))
+    check_planning(budget, strategy, constraints is not None, target, rules)
+    parsed = parse_strategy(strategy, rules)
     if target is not None:
         required = target_named(target).constrained(constraints or Constraints())
     if budget is None:
@@ -138,12 +143,36 @@ def menu_for(profile: Profile, target: str | None) -> Menu:
     return profile.menu if target is None else target_named(target).restricted(profile.menu)
 
 
-def check_planning(budget: str | None, strategy: str, constrained: bool, target: str | None) -> None:
+def energies_of(profile: Profile, policy: Policy) -> Energies:
+    """The energy that every profiled rank of every layer holds, where a rule asks for it; raises `StrategyError`."""
+    if not policy.needs_energies:
+        return {}
+    from profiler.companion import SpectrumDocument
+
+    document = SpectrumDocument.beside(profile.path, profile.document.model.weights_sha256)
+    if document is None:
+        raise StrategyError(f"{profile.path} has no spectra to take an energy from; profile the model again")
+    return {
+        layer.name: {
+            option.rank: document.layers[layer.name].spectrum.energy_at(option.rank)
+            for option in layer.options
+        }
+        for layer in profile.menu.layers
+    }
+
+
+def check_planning(
+    budget: str | None,
+    strategy: str,
+    constrained: bool,
+    target: str | None,
+    rules: tuple[Rule, ...] = (),
+) -> None:
     """What can be wrong with a request to plan before any profile is looked at.
 
     Raises `BudgetSyntaxError`, `StrategyError`, `TargetError`.
     """
-    parsed = parse_strategy(strategy)
+    parsed = parse_strategy(strategy, rules)
     if budget is not None:
         parse_budget(budget)
     elif isinstance(parsed, Optimal):
@@ -363,9 +392,14 @@ class Comparison:
 
 
 def compare_strategies(
-    path: Path, strategies: Sequence[str], budget: str | None, progress: Progress, device: str = "cpu"
+    path: Path,
+    strategies: Sequence[str],
+    budget: str | None,
+    progress: Progress,
+    device: str = "cpu",
+    policy: Policy | None = None,
 ) -> list[Comparison]:
-    """Each strategy beside the optimum at its bytes; uniform ones have a size of their own, the others take `budget`.
+    """Each strategy beside the optimum at its bytes; uniform ones and a policy have a size, the others take `budget`.
 
     Raises what `plan_budget` raises, and `PlanError` when the model's weights are no longer the profile's.
     """
@@ -374,13 +408,17 @@ def compare_strategies(
     from profiler.gate import verified
     from profiler.profile import load_profile
 
-    profile, sized = load_profile(path), [isinstance(parse_strategy(s), Uniform) for s in strategies]
+    profile = load_profile(path)
+    sized = [s == "policy" or isinstance(parse_strategy(s), Uniform) for s in strategies]
     if budget is None and not all(sized):
         raise BudgetSyntaxError(
             f"strategy {strategies[sized.index(False)]} has no size of its own; give --budget, like 3.25bpw"
         )
     budgets = [None if has_size else budget for has_size in sized]
-    plans = [plan_budget(profile, size, s) for s, size in zip(strategies, budgets, strict=True)]
+    plans = [
+        plan_budget(profile, size, s, policy=policy if s == "policy" else None)
+        for s, size in zip(strategies, budgets, strict=True)
+    ]
     optima = [plan_budget(profile, f"{plan.total_bytes}B") for plan in plans]
     loaded = original_of(plans[0], device, None)
     with TemporaryDirectory(prefix="bitrank-compare-") as folder:

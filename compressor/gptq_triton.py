@@ -266,6 +266,16 @@ def _round_block(
 
 
 @triton.jit
+def _row(pointer, inside):
+    """32 positive numbers, laid out among the lanes as a leaf's rows are, which a plain load would not do."""
+    first_L1 = (tl.arange(0, _LEAF) == 0)[:, None]
+    tile_LR = tl.load(
+        pointer[None, :] + tl.zeros((_LEAF, 1), tl.int64), mask=first_L1 & inside[None, :], other=0.0
+    )
+    return tl.maximum(tl.sum(tile_LR, axis=0), _SMALLEST)
+
+
+@triton.jit
 def _descend_leaf(pull_LR, code_LR, hessian_ptr, diagonal_ptr, down, right, left, scale, maximum):
     """Codes and changes (L, R) of one leaf's first `left` columns. What is spread back is not read again."""
     leaf = tl.arange(0, _LEAF)
@@ -316,7 +326,7 @@ def _descend_block(
         within_LR = (column_L < columns)[:, None] & inside[None, :]
         pull_LR = tl.load(pull_ptr[None, :] + offset_LR, mask=within_LR, other=0.0)
         code_LR = tl.load(code_ptr[None, :] + offset_LR, mask=within_LR, other=0).to(tl.float32)
-        scale = tl.load(scale_ptr + start // _LEAF * stride + place, mask=inside, other=1.0)
+        scale = _row(scale_ptr + start // _LEAF * stride + place, inside)
         leaf_ptr, left = hessian_ptr + start * (down + right), min(columns - start, _LEAF)
         code_LR, change_LR = _descend_leaf(
             pull_LR, code_LR, leaf_ptr, diagonal_ptr + start, down, right, left, scale, maximum

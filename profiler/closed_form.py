@@ -168,9 +168,9 @@ def first_measured(options: Sequence[Option]) -> list[Option]:
 
 
 def predictable(options: Sequence[Option]) -> list[Option]:
-    """The options that one form describes: plain ones, and ranks whose factors have the fewest bits."""
+    """The options that one form describes: plain ones, and ranks beside bits whose factors have the fewest bits."""
     fewest = min((o.factor_bits for o in options if o.rank), default=0)
-    return [o for o in options if o.factor_bits in (0, fewest)]
+    return [o for o in options if o.bits and o.factor_bits in (0, fewest)]
 
 
 def spectrum_option(options: Sequence[Option]) -> Option:

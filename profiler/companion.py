@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import ClassVar, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from allocator.atomic import write_atomically
@@ -123,6 +124,12 @@ class Spectrum:
     full_rank: int
     ranks: tuple[int, ...]
     energy: tuple[float, ...]
+
+    def energy_at(self, rank: int) -> float:
+        """The energy in the leading `rank` directions, by the chord between its neighbours: never too much."""
+        steps = len(self.energy)
+        known = [0, *(-(-k * self.full_rank // steps) for k in range(1, steps + 1))]
+        return float(np.interp(rank, known, (0.0, *self.energy)))
 
 
 @dataclass(frozen=True, slots=True)

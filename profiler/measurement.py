@@ -17,7 +17,10 @@ FACTOR_BITS = (4,)
 
 @dataclass(frozen=True, slots=True)
 class GridSettings:
-    """What the sweep measures: every bits × group size at rank 0, and every bits × rank at `rank_group_sizes`."""
+    """What the sweep measures: every bits × group size at rank 0, and every bits × rank at `rank_group_sizes`.
+
+    0 bits are low rank alone, which has no groups.
+    """
 
     bits: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -27,12 +30,12 @@ class GridSettings:
 
     def options(self, layer: Layer) -> list[Option]:
         """The options of one layer; ranks above half its smaller side are left out, they would cost more than W."""
-        plain = [Option(bits, 0, size, 0) for bits in self.bits for size in self.group_sizes]
+        plain = [Option(bits, 0, size, 0) for bits in self.bits if bits for size in self.group_sizes]
         mixed = [
             Option(bits, rank, size, factor_bits)
             for bits in self.bits
             for rank in self.ranks
-            for size in self.rank_group_sizes
+            for size in (self.rank_group_sizes if bits else (0,))
             for factor_bits in self.factor_bits
             if 0 < rank <= min(layer.rows, layer.columns) // 2
         ]

@@ -30,6 +30,7 @@ from allocator.exclusive import alone
 from allocator.plan import PlanModel
 from allocator.storage import Option
 from compressor.decompose import ROUNDS
+from compressor.descent import PASSES
 from profiler.calibration import (
     BlockCall,
     BlockInputs,
@@ -289,6 +290,7 @@ def describe(settings: ProfileSettings) -> dict[str, Any]:
         "tokens": settings.tokens,
         "seed": settings.seed,
         "rounds": settings.rounds,
+        "descent": PASSES,
         "adaptive": settings.adaptive,
     }
 
