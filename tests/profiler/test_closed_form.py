@@ -17,6 +17,7 @@ from compressor.decompose import Curvature, decompose, squared_error
 from profiler.calibration import InputMoment, silent
 from profiler.checkpoint import find_model
 from profiler.closed_form import (
+    PRIOR_MEAN,
     ClosedForm,
     Corrected,
     corrected,
@@ -80,7 +81,8 @@ def test_plain_errors_of_normal_weights_are_known_within_a_tenth_before_any_is_m
     form, found = measured
     for option, error in found.items():
         if not option.rank and option.bits >= 3:
-            assert abs(form.log_error(option) - math.log(error)) < 0.1
+            expected = form.log_error(option) + form.features(option) @ PRIOR_MEAN
+            assert abs(expected - math.log(error)) < 0.1
 
 
 def test_five_measurements_predict_the_others() -> None:
