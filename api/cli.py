@@ -306,18 +306,31 @@ def compare(
         str | None, typer.Option(help="For strategies without a size of their own: 700MiB, 25% or 3.25bpw.")
     ] = None,
     policy: PolicyFile = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="JSON file to write; a page with a chart is written beside it."),
+    ] = None,
     device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
     """Measure strategies, each beside the optimum at the same bytes."""
+    from api.comparison_page import write_comparison
     from api.usecases import compare_strategies
     from profiler.profile import load_profile
 
     named = strategies or ["uniform:2", "uniform:3", "uniform:4"]
-    rules = None if policy is None else _policy(policy, load_profile(profile), "policy" in named)
-    found = compare_strategies(profile, named, budget, progress(), device, rules)
+    loaded = load_profile(profile)
+    found = compare_strategies(
+        loaded, named, budget, progress(), device, _policy(policy, loaded, "policy" in named)
+    )
+    document = {
+        "model": loaded.document.model.model_dump(),
+        "comparisons": [asdict(pair) | {"saved": pair.saved} for pair in found],
+    }
+    if output is not None:
+        write_comparison(output, _strict(document))
     if json_output:
-        return _print_json({"comparisons": [asdict(pair) | {"saved": pair.saved} for pair in found]})
+        return _print_json(document)
     _print_table(
         (
             "strategy",
@@ -566,9 +579,13 @@ def _dicts(records: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    """Numbers that JSON cannot write, like the standard error of one window, come out as null."""
-    strict = json.loads(json.dumps(document), parse_constant=lambda _: None)
-    print(json.dumps(strict, indent=1))
+    print(json.dumps(_strict(document), indent=1))
+
+
+def _strict(document: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that JSON cannot write, like the standard error of one window, become null."""
+    strict: dict[str, Any] = json.loads(json.dumps(document), parse_constant=lambda _: None)
+    return strict
 
 
 def _print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -356,6 +356,7 @@ class PlanFigures:
     """What a plan takes and loses; means are over layers, kept ones at 16 bits; KL in nats/token."""
 
     total_bytes: int
+    bits_per_weight: float
     mean_bits: float
     mean_rank: float
     predicted_kl: float
@@ -363,12 +364,13 @@ class PlanFigures:
     standard_error: float
 
     @classmethod
-    def of(cls, plan: Plan) -> PlanFigures:
-        """From a plan with its verification."""
+    def of(cls, plan: Plan, menu: Menu) -> PlanFigures:
+        """From a plan with its verification, and the menu it was chosen from."""
         layers, found = plan.layers.values(), plan.verification
         assert found is not None
         return cls(
             plan.total_bytes,
+            bits_per_weight(menu, plan.total_bytes),
             sum(layer.bits for layer in layers) / len(layers),
             sum(layer.rank for layer in layers) / len(layers),
             plan.predicted_kl,
@@ -392,7 +394,7 @@ class Comparison:
 
 
 def compare_strategies(
-    path: Path,
+    profile: Profile,
     strategies: Sequence[str],
     budget: str | None,
     progress: Progress,
@@ -406,9 +408,7 @@ def compare_strategies(
     from tempfile import TemporaryDirectory
 
     from profiler.gate import verified
-    from profiler.profile import load_profile
 
-    profile = load_profile(path)
     sized = [s == "policy" or isinstance(parse_strategy(s), Uniform) for s in strategies]
     if budget is None and not all(sized):
         raise BudgetSyntaxError(
@@ -423,7 +423,7 @@ def compare_strategies(
     loaded = original_of(plans[0], device, None)
     with TemporaryDirectory(prefix="bitrank-compare-") as folder:
         done = verified(loaded, profile, [*plans, *optima], Path(folder), progress, swaps=0)
-    measured = [PlanFigures.of(plan) for plan in done]
+    measured = [PlanFigures.of(plan, profile.menu) for plan in done]
     return [
         Comparison(name, measured[index], measured[index + len(plans)])
         for index, name in enumerate(strategies)

@@ -1,4 +1,4 @@
-// The page of one study: fidelity, spectrum or cliff, from the document in #study-data. Needs charts.js before it.
+// The page of one study: fidelity, spectrum, cliff or a comparison, from the document in #study-data. Needs charts.js before it.
 (() => {
   "use strict";
 
@@ -136,8 +136,53 @@
     section("Energy by head", lines(curves(heads), [...heads.keys()], "energy", y));
   }
 
+  /** Each strategy above the optimum of the same bytes, joined by what the optimum saves. */
+  function drawCompare(study) {
+    const rows = study.comparisons.map((d) => ({
+      strategy: d.strategy,
+      size: d.plan.bits_per_weight,
+      kl: d.plan.measured_kl,
+      best: d.optimum.measured_kl,
+      saved: d.saved,
+    }));
+    fact("strategies", rows.length);
+    fact("the optimum loses less by", rows.map((d) => percent(d.saved)).join(", "));
+    const text = { x: "size", fontWeight: 600, stroke: "var(--paper)", strokeWidth: 4 };
+    const drawPairs = (width) =>
+      draw({
+        width,
+        height: 420,
+        marginRight: 8,
+        x: { label: "bits per weight, all overhead included", inset: 72 },
+        y: logAxis(rows.flatMap((d) => [d.kl, d.best]), "KL, nats per token"),
+        marks: [
+          Plot.ruleX(rows, { x: "size", y1: "best", y2: "kl", stroke: "var(--muted)", strokeWidth: 1.5 }),
+          Plot.dot(rows, { x: "size", y: "kl", r: 5, fill: "var(--uniform)" }),
+          Plot.dot(rows, { x: "size", y: "best", r: 5, fill: "var(--plan)" }),
+          Plot.text(rows, { ...text, y: "kl", text: "strategy", dy: -14, fill: "var(--uniform)" }),
+          Plot.text(rows, { ...text, y: "best", text: (d) => `${percent(d.saved)} less`, dy: 16, fill: "var(--plan)" }),
+        ],
+      });
+    const view = () => ({
+      draw: drawPairs,
+      label: `KL against bits per weight: ${rows.map((d) => `${d.strategy} ${number(d.kl)}, optimum ${number(d.best)}`).join("; ")}.`,
+      legend: [
+        ["dot", "var(--uniform)", "strategy, measured"],
+        ["dot", "var(--plan)", "optimum of at most as many bytes, measured"],
+      ],
+      notes: [],
+      table: () =>
+        table(
+          { strategy: (d) => d.strategy },
+          { "bits per weight": (d) => d.size.toFixed(3), KL: (d) => number(d.kl), optimum: (d) => number(d.best), saved: (d) => percent(d.saved) },
+          rows,
+        ),
+    });
+    section("What each strategy loses, and the optimum at its bytes", figure(view, rows, {}), "wide");
+  }
+
   const { kind, study } = JSON.parse(at("study-data").textContent);
   at("study").textContent = `bitrank ${kind}`;
   at("model").textContent = study.model.id;
-  ({ fidelity: drawFidelity, cliff: drawCliff, spectrum: drawSpectrum })[kind](study);
+  ({ fidelity: drawFidelity, cliff: drawCliff, spectrum: drawSpectrum, compare: drawCompare })[kind](study);
 })();

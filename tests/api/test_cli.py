@@ -332,6 +332,13 @@ def test_strategies_are_measured_beside_the_optimum_at_their_bytes(bitrank: Comm
     assert [pair["plan"]["mean_rank"] for pair in found[:2]] == [0, 4]
 
 
+def test_a_comparison_is_written_with_its_page(bitrank: CommandLine, road: Road) -> None:
+    printed = answer(bitrank, "compare", road.profile, "uniform:3", "-o", "found.json")
+    assert json.loads((bitrank.folder / "found.json").read_text()) == printed
+    page = (bitrank.folder / "found.html").read_text(encoding="utf-8")
+    assert "bitrank compare" in page and '"strategy": "uniform:3"' in page.replace('":"', '": "')
+
+
 def test_the_comparison_is_a_table(bitrank: CommandLine, road: Road) -> None:
     outcome = bitrank("compare", road.profile)
     assert outcome.code == 0, outcome.stderr

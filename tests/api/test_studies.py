@@ -162,7 +162,9 @@ def page_of() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.mark.parametrize(("command", "charts"), [("fidelity", 4), ("spectrum", 2), ("cliff", 3)])
+@pytest.mark.parametrize(
+    ("command", "charts"), [("fidelity", 4), ("spectrum", 2), ("cliff", 3), ("compare", 1)]
+)
 def test_a_page_draws_its_charts_and_asks_for_nothing(
     bitrank: CommandLine, road: Road, page_of: Any, command: str, charts: int
 ) -> None:
@@ -170,7 +172,8 @@ def test_a_page_draws_its_charts_and_asks_for_nothing(
         "fidelity": ("--calibration", road.text, "--tokens", "1024"),
         "cliff": ("--text", road.text, *CUTS),
     }
-    assert bitrank(command, road.model, "-o", "study.json", *more.get(command, ())).code == 0
+    subject = road.profile if command == "compare" else road.model
+    assert bitrank(command, subject, "-o", "study.json", *more.get(command, ())).code == 0
     page, problems = page_of(), []
     page.on("console", lambda message: problems.append(message.text))
     page.on("pageerror", lambda error: problems.append(str(error)))
