@@ -57,7 +57,8 @@ def solve_milp(problem: Problem, *, time_limit_seconds: float = 60.0) -> Solutio
 def solve_resources_milp(problem: ResourceProblem, *, time_limit_seconds: float = 60.0) -> ResourceSolution:
     """The optimum over several resources and monotone chains, by HiGHS at a relative gap of zero.
 
-    Uses are raw integers, divided by their greatest common divisor at most. HiGHS accepts solutions that
+    Uses are raw integers, counted from the least of their group, which every choice takes, and divided by their
+    greatest common divisor, so that they are as small as they can be. HiGHS accepts solutions that
     exceed a row by its tolerance, so the integer uses are recomputed; where they exceed a limit, the
     programme is solved again with the limit lowered by the excess, and the bound stays that of the first.
     proven: solved to HiGHS's absolute gap of 1e-6 of costs scaled to a total spread of 1e6, limits respected
@@ -87,13 +88,15 @@ def solve_resources_milp(problem: ResourceProblem, *, time_limit_seconds: float 
 
 @dataclass(frozen=True, slots=True)
 class _Programme:
-    """The scaled integer programme: cost (N,) from zero in every group, rows of uses divided by divisor
-    (R,)."""
+    """The scaled integer programme: cost (N,) and use (R, N) from zero in every group, least_use (R,) taken away,
+    uses divided by divisor (R,)."""
 
     problem: ResourceProblem
     cost: Floats
     unit: float
     base: float
+    use: Integers
+    least_use: Integers
     divisor: Integers
 
     @classmethod
@@ -102,8 +105,11 @@ class _Programme:
         most = np.maximum.reduceat(problem.cost, problem.start[:-1])
         unit = (float((most - least).sum()) or 1.0) / SCALED_SPREAD
         above = problem.cost - np.repeat(least, np.diff(problem.start))
-        divisor = np.maximum(np.gcd.reduce(problem.use, axis=1), 1)
-        return cls(problem, above / unit, unit, float(least.sum()), divisor)
+        least_use = np.minimum.reduceat(problem.use, problem.start[:-1], axis=1)
+        use = problem.use - np.repeat(least_use, np.diff(problem.start), axis=1)
+        divisor = np.maximum(np.gcd.reduce(use, axis=1), 1)
+        scaled = use // divisor[:, None]
+        return cls(problem, above / unit, unit, float(least.sum()), scaled, least_use.sum(axis=1), divisor)
 
     def run(self, limit: Integers, seconds: float) -> tuple[Integers | None, float]:
         """The best choice (G,), if any, and the dual bound in the unit of the problem's costs."""
@@ -111,7 +117,7 @@ class _Programme:
 
         problem = self.problem
         rows = [LinearConstraint(self._one_each(), 1, 1)]
-        rows.append(LinearConstraint(problem.use // self.divisor[:, None], -np.inf, limit // self.divisor))
+        rows.append(LinearConstraint(self.use, -np.inf, (limit - self.least_use) // self.divisor))
         for chains, most in ((problem.chains, np.inf), (problem.ties, 0.0)):
             if chains:
                 rows.append(LinearConstraint(self._steps(chains), 0, most))
