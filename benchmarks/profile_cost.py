@@ -73,7 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         libraries = libraries_bytes(Path(folder))  # first: a child's peak starts at its parent's
     inside: dict[str, float] = {}
-    for name in ("gptq", *LOW_RANK):
+    for name in ("gptq", "descended", *LOW_RANK):
         timed(name, inside)
     report = progress()
     started = time.perf_counter()
@@ -92,8 +92,9 @@ def main() -> None:
     stages = dict(report.seconds)
     sweep = stages.pop("sweep")
     gptq, low_rank = inside["gptq"], sum(inside[name] for name in LOW_RANK)
-    rows = [*stages.items(), ("sweep: GPTQ", gptq), ("sweep: low rank", low_rank)]
-    rows.append(("sweep: Hessians, errors, files", sweep - gptq - low_rank))
+    parts = {"GPTQ": gptq, "descent": inside["descended"], "low rank": low_rank}
+    rows = [*stages.items(), *((f"sweep: {name}", seconds) for name, seconds in parts.items())]
+    rows.append(("sweep: Hessians, errors, files", sweep - sum(parts.values())))
     rows.append(("loading, fitting, output", wall - sum(seconds for _, seconds in rows)))
     print(f"{arguments.model}: {wall:.1f} s wall on {torch.get_num_threads()} threads, {len(layers)} layers")
     for name, seconds in rows:

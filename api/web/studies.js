@@ -146,7 +146,7 @@
       saved: d.saved,
     }));
     fact("strategies", rows.length);
-    fact("the optimum loses less by", rows.map((d) => percent(d.saved)).join(", "));
+    const saved = (d) => `${(100 * d.saved).toFixed(1)} % less`;
     const text = { x: "size", fontWeight: 600, stroke: "var(--paper)", strokeWidth: 4 };
     const drawPairs = (width) =>
       draw({
@@ -160,7 +160,7 @@
           Plot.dot(rows, { x: "size", y: "kl", r: 5, fill: "var(--uniform)" }),
           Plot.dot(rows, { x: "size", y: "best", r: 5, fill: "var(--plan)" }),
           Plot.text(rows, { ...text, y: "kl", text: "strategy", dy: -14, fill: "var(--uniform)" }),
-          Plot.text(rows, { ...text, y: "best", text: (d) => `${percent(d.saved)} less`, dy: 16, fill: "var(--plan)" }),
+          Plot.text(rows, { ...text, y: "best", text: saved, dy: 16, fill: "var(--plan)" }),
         ],
       });
     const view = () => ({
@@ -174,7 +174,7 @@
       table: () =>
         table(
           { strategy: (d) => d.strategy },
-          { "bits per weight": (d) => d.size.toFixed(3), KL: (d) => number(d.kl), optimum: (d) => number(d.best), saved: (d) => percent(d.saved) },
+          { "bits per weight": (d) => d.size.toFixed(3), KL: (d) => number(d.kl), optimum: (d) => number(d.best), saved },
           rows,
         ),
     });
