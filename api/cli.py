@@ -13,18 +13,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from api import export_cli, job_cli, service_cli, study_cli
-from api.progress import ProgressLine, progress
-
-if TYPE_CHECKING:
-    from allocator.plan import Plan
-    from allocator.policy import Policy
-    from allocator.verification import Verification
-    from profiler.profile import Profile
+from api import export_cli, job_cli, plan_cli, service_cli, study_cli
+from api.progress import progress
 
 app = typer.Typer(
     name="bitrank",
@@ -39,9 +33,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 ProfileDirectory = Annotated[
     Path, typer.Argument(metavar="PROFILE", help="A directory `bitrank profile` wrote.")
-]
-PolicyFile = Annotated[
-    Path | None, typer.Option("--policy", metavar="FILE", help="YAML rules for the strategy policy.")
 ]
 MODEL_HELP = "'demo', a model directory or a hub id."
 
@@ -110,8 +101,8 @@ def demo(
 
     result = run_demo(output, progress())
     if json_output:
-        return _print_json(result)
-    _print_table(
+        return print_json(result)
+    print_table(
         ("text", "checkpoint", "bytes", "bpw", "predicted KL", "KL", "perplexity", "top-1", "tokens/s"),
         (
             (
@@ -197,7 +188,7 @@ def profile(
         "peak_memory_bytes": peak_memory_bytes(),
     }
     if json_output:
-        return _print_json(summary)
+        return print_json(summary)
     counts = f"{len(known) - predicted} measured options" + (f", {predicted} predicted" if predicted else "")
     print(f"{summary['layers']} layers, {counts} in {made.path}")
     print(f"next: bitrank plan {made.path} --budget 3.25bpw")
@@ -227,9 +218,9 @@ def calibrate(
     assert found is not None
     if json_output:
         summary = {"profile": str(made.path), "sha256": made.sha256, "plans": len(made.document.plans)}
-        return _print_json(summary | {"gain": asdict(gain), "agreement": found.model_dump()})
+        return print_json(summary | {"gain": asdict(gain), "agreement": found.model_dump()})
     print(f"{len(made.document.plans)} plans measured; each predicted from the others, in {made.path}:")
-    _print_table(
+    print_table(
         ("rank correlation", "pairs misordered", "median error", "before", "interval", "inside it"),
         [
             (
@@ -244,167 +235,7 @@ def calibrate(
     )
 
 
-@app.command()
-def plan(
-    profile: Annotated[
-        str,
-        typer.Argument(
-            metavar="PROFILE", help="A directory `bitrank profile` wrote; with --server, a model's name."
-        ),
-    ],
-    budget: Annotated[str | None, typer.Option(help="700MiB, 1.5GB, 25% or 3.25bpw.")] = None,
-    strategy: Annotated[str, typer.Option(help="optimal, uniform:3, uniform:3:r64, …")] = "optimal",
-    policy: PolicyFile = None,
-    target: Annotated[
-        str | None,
-        typer.Option(help="Only what this runtime executes: vllm, llm-compressor, gptqmodel, llama.cpp."),
-    ] = None,
-    server: Annotated[
-        str | None, typer.Option(help="Have a service plan, profiling first if need be; key in BITRANK_KEY.")
-    ] = None,
-    verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Measure the plan beside uniform at the same bytes; takes minutes."),
-    ] = False,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Plan file to write.")] = Path("plan.json"),
-    device: Device = "cpu",
-    json_output: Json = False,
-) -> None:
-    """Decide every layer's bits and rank for one budget, with a certificate."""
-    if server is None:
-        made, size = _planned_here(Path(profile), budget, strategy, target, verify, device, policy)
-    elif policy is not None:
-        raise typer.BadParameter("--policy is read here and cannot go to a --server; leave one of them out")
-    else:
-        made, size = _planned_there(server, profile, budget, strategy, target, verify), ""
-    made.save(output)
-    if made.verification is not None and made.verification.verdict == "worse":
-        print(f"bitrank: {describe_verification(made.verification)}", file=sys.stderr)
-    if json_output:
-        return print(made.model_dump_json(indent=1))
-    low, high = made.predicted_kl_interval
-    print(f"{output}: {made.total_bytes:,} bytes{size}")
-    print(f"predicted KL {made.predicted_kl:.4f} nats/token (90 % interval {low:.4f} to {high:.4f})")
-    print(f"no plan from these options loses less than {made.lower_bound:.4f} (gap {made.gap:.2g})")
-    print(f"one more MiB saves {made.shadow_price:.4g} nats/token")
-    if made.verification is not None:
-        print(describe_verification(made.verification))
-    counts: dict[str, int] = {}
-    for layer in made.layers.values():
-        key = f"{layer.bits} bits" + (f" + rank {layer.rank}" if layer.rank else "")
-        counts[key] = counts.get(key, 0) + 1
-    print(", ".join(f"{count} layers at {key}" for key, count in sorted(counts.items())))
-
-
-@app.command()
-def compare(
-    profile: ProfileDirectory,
-    strategies: Annotated[
-        list[str] | None, typer.Argument(help="uniform:3, uniform:3:r64, progressive:fall, …")
-    ] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="For strategies without a size of their own: 700MiB, 25% or 3.25bpw.")
-    ] = None,
-    policy: PolicyFile = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="JSON file to write; a page with a chart is written beside it."),
-    ] = None,
-    device: Device = "cpu",
-    json_output: Json = False,
-) -> None:
-    """Measure strategies, each beside the optimum at the same bytes."""
-    from api.comparison_page import write_comparison
-    from api.usecases import compare_strategies
-    from profiler.profile import load_profile
-
-    named = strategies or ["uniform:2", "uniform:3", "uniform:4"]
-    loaded = load_profile(profile)
-    found = compare_strategies(
-        loaded, named, budget, progress(), device, _policy(policy, loaded, "policy" in named)
-    )
-    document = {
-        "model": loaded.document.model.model_dump(),
-        "comparisons": [asdict(pair) | {"saved": pair.saved} for pair in found],
-    }
-    if output is not None:
-        write_comparison(output, _strict(document))
-    if json_output:
-        return _print_json(document)
-    _print_table(
-        (
-            "strategy",
-            "bytes",
-            "mean bits",
-            "mean rank",
-            "predicted KL",
-            "KL",
-            "optimum: bytes",
-            "KL",
-            "less by",
-        ),
-        [
-            (
-                pair.strategy,
-                f"{pair.plan.total_bytes:,}",
-                f"{pair.plan.mean_bits:.2f}",
-                f"{pair.plan.mean_rank:.1f}",
-                f"{pair.plan.predicted_kl:.4f}",
-                f"{pair.plan.measured_kl:.4f} ± {pair.plan.standard_error:.4f}",
-                f"{pair.optimum.total_bytes:,}",
-                f"{pair.optimum.measured_kl:.4f} ± {pair.optimum.standard_error:.4f}",
-                f"{pair.saved:.1%}",
-            )
-            for pair in found
-        ],
-    )
-
-
-def describe_verification(found: Verification) -> str:
-    """What was measured, in one sentence."""
-    measured = f"measured KL {found.measured_kl:.4f} ± {found.standard_error:.4f} nats/token"
-    if found.uniform_kl is None:
-        return f"{measured}; there is no uniform plan on both sides of these bytes to compare with"
-    beside = f"uniform at the same bytes {found.uniform_kl:.4f}"
-    if found.verdict == "worse":
-        return f"{measured}, {beside}: this plan loses; take a uniform one, or profile with more text"
-    return f"{measured}, {beside}: {found.verdict}" + (", after a swap" if found.swapped else "")
-
-
-def _planned_here(
-    profile: Path,
-    budget: str | None,
-    strategy: str,
-    target: str | None,
-    verify: bool,
-    device: str,
-    policy: Path | None,
-) -> tuple[Plan, str]:
-    """The plan, and how its size is told in bits per weight."""
-    from api.usecases import bits_per_weight, check_planning, plan_budget, verify_plan
-    from profiler.profile import load_profile
-
-    if policy is None:
-        check_planning(budget, strategy, False, target)
-    loaded = load_profile(profile)
-    rules = _policy(policy, loaded, strategy == "policy")
-    made = plan_budget(loaded, budget, strategy, target=target, policy=rules)
-    if verify:
-        made = verify_plan(made, loaded, progress(), device)
-    return made, f", {bits_per_weight(loaded.menu, made.total_bytes):.3f} bpw"
-
-
-def _planned_there(
-    server: str, model: str, budget: str | None, strategy: str, target: str | None, verify: bool
-) -> Plan:
-    import os
-
-    from api.client import plan_on_server
-    from api.usecases import check_planning
-
-    check_planning(budget, strategy, False, target)
-    key = os.environ.get("BITRANK_KEY")
-    return plan_on_server(server, key, model, budget, strategy, ProgressLine(), target, verify)
+plan_cli.register(app)
 
 
 @app.command()
@@ -416,9 +247,9 @@ def frontier(profile_path: ProfileDirectory, json_output: Json = False) -> None:
     loaded = load_profile(profile_path)
     points, uniform = frontier_points(loaded), uniform_points(loaded)
     if json_output:
-        return _print_json({"frontier": _dicts(points), "uniform": _dicts(uniform)})
+        return print_json({"frontier": _dicts(points), "uniform": _dicts(uniform)})
     shown = points[:: max(1, len(points) // 24)]
-    _print_table(
+    print_table(
         ("bytes", "bpw", "predicted KL", ""),
         [(f"{p.total_bytes:,}", f"{p.bits_per_weight:.3f}", f"{p.kl_nats:.5f}", "") for p in shown]
         + [
@@ -442,10 +273,10 @@ def curves(
     points = curve_points(loaded, layer)
     if json_output:
         fits = {name: loaded.document.layers[name].fit for name in dict.fromkeys(p.layer for p in points)}
-        return _print_json(
+        return print_json(
             {"fits": {name: _dicts([fit])[0] for name, fit in fits.items()}, "points": _dicts(points)}
         )
-    _print_table(
+    print_table(
         ("layer", "bits", "rank", "group", "error (squared)", "fitted", "KL"),
         (
             (
@@ -478,7 +309,7 @@ def compress(
 
     made = compress_plan(plan_path, output, progress(), profile_path, device, model)
     if json_output:
-        return _print_json({"checkpoint": str(output), "tensor_bytes": made.total_bytes})
+        return print_json({"checkpoint": str(output), "tensor_bytes": made.total_bytes})
     print(f"{output}: {made.total_bytes:,} tensor bytes")
     print(f"next: bitrank evaluate {output} --reference {made.model.id}")
 
@@ -504,7 +335,7 @@ def recover(
     settings = RecoverySettings(steps=steps, seed=seed)
     recover_checkpoint(checkpoint, reference, output, text, tokens, settings, progress(), device)
     if json_output:
-        return _print_json({"checkpoint": str(output), "settings": asdict(settings)})
+        return print_json({"checkpoint": str(output), "settings": asdict(settings)})
     print(f"{output}: {steps} steps")
     print(f"next: bitrank evaluate {output} --reference {reference}")
 
@@ -526,7 +357,7 @@ def evaluate(
 
     found = evaluate_model(model, reference, text, tokens, progress(), prompt or (), device)
     if json_output:
-        return _print_json(_dicts([found])[0])
+        return print_json(_dicts([found])[0])
     print(f"KL {found.kl_nats:.5f} ± {found.kl_standard_error:.5f} nats/token over {found.tokens:,} tokens")
     print(f"perplexity {found.perplexity:.3f}, original {found.reference_perplexity:.3f}")
     print(f"logits cosine {found.logits_cosine:.5f}, same next token {found.top1_agreement:.2%}")
@@ -548,20 +379,6 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _policy(path: Path | None, profile: Profile, asked_for: bool) -> Policy | None:
-    """The rules of --policy; what they do not reach is said on stderr."""
-    from allocator.policy import load_policy
-
-    if path is None:
-        return None
-    if not asked_for:
-        raise typer.BadParameter("--policy goes with the strategy policy; name it")
-    policy = load_policy(path)
-    for sentence in policy.unmatched(profile.menu):
-        print(f"bitrank: {sentence}", file=sys.stderr)
-    return policy
-
-
 def _numbers(text: str, option: str, allowed: set[int] | None = None) -> tuple[int, ...]:
     try:
         numbers = tuple(sorted({int(part) for part in text.split(",")}))
@@ -578,17 +395,17 @@ def _dicts(records: Iterable[Any]) -> list[dict[str, Any]]:
     return [asdict(record) for record in records]
 
 
-def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(_strict(document), indent=1))
+def print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(strict(document), indent=1))
 
 
-def _strict(document: dict[str, Any]) -> dict[str, Any]:
+def strict(document: dict[str, Any]) -> dict[str, Any]:
     """Numbers that JSON cannot write, like the standard error of one window, become null."""
     strict: dict[str, Any] = json.loads(json.dumps(document), parse_constant=lambda _: None)
     return strict
 
 
-def _print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -199,6 +199,6 @@ def _span(ranks: Sequence[int], full: int) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    from api.cli import _print_table
+    from api.cli import print_table
 
-    _print_table(header, rows)
+    print_table(header, rows)

@@ -20,7 +20,7 @@ from allocator.budget import parse_budget
 from allocator.constraints import Constraints
 from allocator.errors import BitrankError, BudgetSyntaxError, InfeasibleError, PlanError, StrategyError
 from allocator.plan import Plan, PlanBudget, budget_bytes, describe_bytes
-from allocator.strategies import Optimal, Uniform, choice_bytes, choose, parse_strategy
+from allocator.strategies import Optimal, choice_bytes, choose, parse_strategy
 from allocator.targets import check_compressible, check_fused, target_named
 
 if TYPE_CHECKING:
@@ -349,85 +349,6 @@ def verify_plan(
     loaded = original_of(plan, device, None)
     with TemporaryDirectory(prefix="bitrank-verify-") as folder:
         return verified(loaded, profile, [plan], Path(folder), progress, SWAPS if free else 0)[0]
-
-
-@dataclass(frozen=True, slots=True)
-class PlanFigures:
-    """What a plan takes and loses; means are over layers, kept ones at 16 bits; KL in nats/token."""
-
-    total_bytes: int
-    bits_per_weight: float
-    mean_bits: float
-    mean_rank: float
-    predicted_kl: float
-    measured_kl: float
-    standard_error: float
-
-    @classmethod
-    def of(cls, plan: Plan, menu: Menu) -> PlanFigures:
-        """From a plan with its verification, and the menu it was chosen from."""
-        layers, found = plan.layers.values(), plan.verification
-        assert found is not None
-        return cls(
-            plan.total_bytes,
-            bits_per_weight(menu, plan.total_bytes),
-            sum(layer.bits for layer in layers) / len(layers),
-            sum(layer.rank for layer in layers) / len(layers),
-            plan.predicted_kl,
-            found.measured_kl,
-            found.standard_error,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """A strategy and the optimum of at most as many bytes, measured on the same windows."""
-
-    strategy: str
-    plan: PlanFigures
-    optimum: PlanFigures
-
-    @property
-    def saved(self) -> float:
-        """The share of the strategy's KL that the optimum does not lose."""
-        return 1 - self.optimum.measured_kl / self.plan.measured_kl if self.plan.measured_kl else 0.0
-
-
-def compare_strategies(
-    profile: Profile,
-    strategies: Sequence[str],
-    budget: str | None,
-    progress: Progress,
-    device: str = "cpu",
-    policy: Policy | None = None,
-) -> list[Comparison]:
-    """Each strategy beside the optimum at its bytes; uniform ones and a policy have a size, the others take `budget`.
-
-    Raises what `plan_budget` raises, and `PlanError` when the model's weights are no longer the profile's.
-    """
-    from tempfile import TemporaryDirectory
-
-    from profiler.gate import verified
-
-    sized = [s == "policy" or isinstance(parse_strategy(s), Uniform) for s in strategies]
-    if budget is None and not all(sized):
-        raise BudgetSyntaxError(
-            f"strategy {strategies[sized.index(False)]} has no size of its own; give --budget, like 3.25bpw"
-        )
-    budgets = [None if has_size else budget for has_size in sized]
-    plans = [
-        plan_budget(profile, size, s, policy=policy if s == "policy" else None)
-        for s, size in zip(strategies, budgets, strict=True)
-    ]
-    optima = [plan_budget(profile, f"{plan.total_bytes}B") for plan in plans]
-    loaded = original_of(plans[0], device, None)
-    with TemporaryDirectory(prefix="bitrank-compare-") as folder:
-        done = verified(loaded, profile, [*plans, *optima], Path(folder), progress, swaps=0)
-    measured = [PlanFigures.of(plan, profile.menu) for plan in done]
-    return [
-        Comparison(name, measured[index], measured[index + len(plans)])
-        for index, name in enumerate(strategies)
-    ]
 
 
 def calibrate_profile(

@@ -174,6 +174,24 @@ def _search(w_gR, importance_g1, shrink_ptr, maximum):
 
 
 @triton.jit
+def _spread(w_ptr, matrix_ptr, change_LR, inside, start, stride, down, right, columns: tl.constexpr):
+    """Spread what a leaf from column `start` on changed over the leaves after it, in the cache."""
+    column_L = start + tl.arange(0, _LEAF)
+    for later in range(start + _LEAF, columns, _LEAF):
+        later_L = later + tl.arange(0, _LEAF)
+        spread_LL = tl.load(
+            matrix_ptr + column_L[None, :] * down + later_L[:, None] * right,
+            mask=(later_L < columns)[:, None],
+            other=0.0,
+        )
+        later_ptr = w_ptr[None, :] + later_L[:, None] * stride
+        within_LR = (later_L < columns)[:, None] & inside[None, :]
+        w_LR = tl.load(later_ptr, mask=within_LR, other=0.0)
+        w_LR -= tl.dot(spread_LL, change_LR, input_precision="tf32x3")
+        tl.store(later_ptr, w_LR, mask=within_LR)
+
+
+@triton.jit
 def _round_leaf(w_LR, factor_ptr, down, right, left, scale, zero, maximum):
     """Codes and errors (L, R) of one leaf's first `left` columns, rounded one by one.
 
@@ -250,18 +268,7 @@ def _round_block(
         code_LR, error_LR = _round_leaf(w_LR, leaf_ptr, down, right, left, scale, zero, maximum)
         tl.store(code_ptr[None, :] + offset_LR, code_LR.to(tl.uint8), mask=within_LR)
         tl.store(error_ptr[None, :] + offset_LR, error_LR, mask=within_LR)
-        for later in range(start + _LEAF, columns, _LEAF):
-            later_L = later + leaf
-            spread_LL = tl.load(
-                factor_ptr + column_L[None, :] * down + later_L[:, None] * right,
-                mask=(later_L < columns)[:, None],
-                other=0.0,
-            )
-            later_ptr = w_ptr[None, :] + later_L[:, None] * stride
-            within_LR = (later_L < columns)[:, None] & inside[None, :]
-            w_LR = tl.load(later_ptr, mask=within_LR, other=0.0)
-            w_LR -= tl.dot(spread_LL, error_LR, input_precision="tf32x3")
-            tl.store(later_ptr, w_LR, mask=within_LR)
+        _spread(w_ptr, factor_ptr, error_LR, inside, start, stride, down, right, columns)
         tl.debug_barrier()
 
 
@@ -333,16 +340,5 @@ def _descend_block(
         )
         tl.store(code_ptr[None, :] + offset_LR, code_LR.to(tl.uint8), mask=within_LR)
         tl.store(change_ptr[None, :] + offset_LR, change_LR, mask=within_LR)
-        for later in range(start + _LEAF, columns, _LEAF):
-            later_L = later + leaf
-            within_LR = (later_L < columns)[:, None] & inside[None, :]
-            spread_LL = tl.load(
-                hessian_ptr + column_L[None, :] * down + later_L[:, None] * right,
-                mask=(later_L < columns)[:, None],
-                other=0.0,
-            )
-            later_ptr = pull_ptr[None, :] + later_L[:, None] * stride
-            pull_LR = tl.load(later_ptr, mask=within_LR, other=0.0)
-            pull_LR -= tl.dot(spread_LL, change_LR, input_precision="tf32x3")
-            tl.store(later_ptr, pull_LR, mask=within_LR)
+        _spread(pull_ptr, hessian_ptr, change_LR, inside, start, stride, down, right, columns)
         tl.debug_barrier()

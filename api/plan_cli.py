@@ -1,0 +1,204 @@
+"""`bitrank plan` and `bitrank compare`: one plan, here or on a service, and strategies beside the optimum."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from api.progress import ProgressLine, progress
+
+if TYPE_CHECKING:
+    from allocator.plan import Plan
+    from allocator.policy import Policy
+    from allocator.verification import Verification
+    from profiler.profile import Profile
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+PolicyFile = Annotated[
+    Path | None, typer.Option("--policy", metavar="FILE", help="YAML rules for the strategy policy.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (plan, compare):
+        app.command()(command)
+
+
+def plan(
+    profile: Annotated[
+        str,
+        typer.Argument(
+            metavar="PROFILE", help="A directory `bitrank profile` wrote; with --server, a model's name."
+        ),
+    ],
+    budget: Annotated[str | None, typer.Option(help="700MiB, 1.5GB, 25% or 3.25bpw.")] = None,
+    strategy: Annotated[str, typer.Option(help="optimal, uniform:3, uniform:3:r64, …")] = "optimal",
+    policy: PolicyFile = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Only what this runtime executes: vllm, llm-compressor, gptqmodel, llama.cpp."),
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Have a service plan, profiling first if need be; key in BITRANK_KEY.")
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Measure the plan beside uniform at the same bytes; takes minutes."),
+    ] = False,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Plan file to write.")] = Path("plan.json"),
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Decide every layer's bits and rank for one budget, with a certificate."""
+    if server is None:
+        made, size = _planned_here(Path(profile), budget, strategy, target, verify, device, policy)
+    elif policy is not None:
+        raise typer.BadParameter("--policy is read here and cannot go to a --server; leave one of them out")
+    else:
+        made, size = _planned_there(server, profile, budget, strategy, target, verify), ""
+    made.save(output)
+    if made.verification is not None and made.verification.verdict == "worse":
+        print(f"bitrank: {describe_verification(made.verification)}", file=sys.stderr)
+    if json_output:
+        return print(made.model_dump_json(indent=1))
+    low, high = made.predicted_kl_interval
+    print(f"{output}: {made.total_bytes:,} bytes{size}")
+    print(f"predicted KL {made.predicted_kl:.4f} nats/token (90 % interval {low:.4f} to {high:.4f})")
+    print(f"no plan from these options loses less than {made.lower_bound:.4f} (gap {made.gap:.2g})")
+    print(f"one more MiB saves {made.shadow_price:.4g} nats/token")
+    if made.verification is not None:
+        print(describe_verification(made.verification))
+    counts: dict[str, int] = {}
+    for layer in made.layers.values():
+        key = f"{layer.bits} bits" + (f" + rank {layer.rank}" if layer.rank else "")
+        counts[key] = counts.get(key, 0) + 1
+    print(", ".join(f"{count} layers at {key}" for key, count in sorted(counts.items())))
+
+
+def compare(
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A directory `bitrank profile` wrote.")],
+    strategies: Annotated[
+        list[str] | None, typer.Argument(help="uniform:3, uniform:3:r64, progressive:fall, …")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="For strategies without a size of their own: 700MiB, 25% or 3.25bpw.")
+    ] = None,
+    policy: PolicyFile = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="JSON file to write; a page with a chart is written beside it."),
+    ] = None,
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Measure strategies, each beside the optimum at the same bytes."""
+    from api.cli import print_json, print_table, strict
+    from api.comparison import compare_strategies, write_comparison
+    from profiler.profile import load_profile
+
+    named = strategies or ["uniform:2", "uniform:3", "uniform:4"]
+    loaded = load_profile(profile)
+    found = compare_strategies(
+        loaded, named, budget, progress(), device, _policy(policy, loaded, "policy" in named)
+    )
+    document = {
+        "model": loaded.document.model.model_dump(),
+        "comparisons": [asdict(pair) | {"saved": pair.saved} for pair in found],
+    }
+    if output is not None:
+        write_comparison(output, strict(document))
+    if json_output:
+        return print_json(document)
+    print_table(
+        (
+            "strategy",
+            "bytes",
+            "mean bits",
+            "mean rank",
+            "predicted KL",
+            "KL",
+            "optimum: bytes",
+            "KL",
+            "less by",
+        ),
+        [
+            (
+                pair.strategy,
+                f"{pair.plan.total_bytes:,}",
+                f"{pair.plan.mean_bits:.2f}",
+                f"{pair.plan.mean_rank:.1f}",
+                f"{pair.plan.predicted_kl:.4f}",
+                f"{pair.plan.measured_kl:.4f} ± {pair.plan.standard_error:.4f}",
+                f"{pair.optimum.total_bytes:,}",
+                f"{pair.optimum.measured_kl:.4f} ± {pair.optimum.standard_error:.4f}",
+                f"{pair.saved:.1%}",
+            )
+            for pair in found
+        ],
+    )
+
+
+def describe_verification(found: Verification) -> str:
+    """What was measured, in one sentence."""
+    measured = f"measured KL {found.measured_kl:.4f} ± {found.standard_error:.4f} nats/token"
+    if found.uniform_kl is None:
+        return f"{measured}; there is no uniform plan on both sides of these bytes to compare with"
+    beside = f"uniform at the same bytes {found.uniform_kl:.4f}"
+    if found.verdict == "worse":
+        return f"{measured}, {beside}: this plan loses; take a uniform one, or profile with more text"
+    return f"{measured}, {beside}: {found.verdict}" + (", after a swap" if found.swapped else "")
+
+
+def _planned_here(
+    profile: Path,
+    budget: str | None,
+    strategy: str,
+    target: str | None,
+    verify: bool,
+    device: str,
+    policy: Path | None,
+) -> tuple[Plan, str]:
+    """The plan, and how its size is told in bits per weight."""
+    from api.usecases import bits_per_weight, check_planning, plan_budget, verify_plan
+    from profiler.profile import load_profile
+
+    if policy is None:
+        check_planning(budget, strategy, False, target)
+    loaded = load_profile(profile)
+    rules = _policy(policy, loaded, strategy == "policy")
+    made = plan_budget(loaded, budget, strategy, target=target, policy=rules)
+    if verify:
+        made = verify_plan(made, loaded, progress(), device)
+    return made, f", {bits_per_weight(loaded.menu, made.total_bytes):.3f} bpw"
+
+
+def _planned_there(
+    server: str, model: str, budget: str | None, strategy: str, target: str | None, verify: bool
+) -> Plan:
+
+    from api.client import plan_on_server
+    from api.usecases import check_planning
+
+    check_planning(budget, strategy, False, target)
+    key = os.environ.get("BITRANK_KEY")
+    return plan_on_server(server, key, model, budget, strategy, ProgressLine(), target, verify)
+
+
+def _policy(path: Path | None, profile: Profile, asked_for: bool) -> Policy | None:
+    """The rules of --policy; what they do not reach is said on stderr."""
+    from allocator.policy import load_policy
+
+    if path is None:
+        return None
+    if not asked_for:
+        raise typer.BadParameter("--policy goes with the strategy policy; name it")
+    policy = load_policy(path)
+    for sentence in policy.unmatched(profile.menu):
+        print(f"bitrank: {sentence}", file=sys.stderr)
+    return policy
