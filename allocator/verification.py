@@ -15,7 +15,8 @@ CONFIDENCE_ERRORS = 1.645
 
 
 class Verification(BaseModel):
-    """KL in nats/token on `tokens` tokens that the calibration did not see, the same windows for every model.
+    """KL in nats/token on `tokens` tokens that the calibration did not see, the same windows for every model, and the
+    perplexity of those windows under the plan and under the original, None where an earlier version measured.
 
     uniform_kl is log-interpolated in bytes between the uniform plans on either side, None where there is none on one
     side. difference is measured_kl − uniform_kl, with its standard error by a bootstrap over windows. `swaps` counts
@@ -28,6 +29,8 @@ class Verification(BaseModel):
     tokens: int = Field(ge=1)
     measured_kl: float
     standard_error: float
+    perplexity: float | None = None
+    reference_perplexity: float | None = None
     uniform_kl: float | None
     difference: float | None
     difference_error: float | None

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PlanFigures:
-    """What a plan takes and loses; means are over layers, kept ones at 16 bits; KL in nats/token."""
+    """What a plan takes and loses; means are over layers, kept ones at 16 bits; KL in nats/token.
+
+    uniform_kl is log-interpolated at the plan's bytes, None where no uniform plan is on one side.
+    """
 
     total_bytes: int
     bits_per_weight: float
@@ -36,12 +39,15 @@ class PlanFigures:
     predicted_kl: float
     measured_kl: float
     standard_error: float
+    uniform_kl: float | None
+    perplexity: float
+    reference_perplexity: float
 
     @classmethod
     def of(cls, plan: Plan, menu: Menu) -> PlanFigures:
         """From a plan with its verification, and the menu it was chosen from."""
         layers, found = plan.layers.values(), plan.verification
-        assert found is not None
+        assert found is not None and found.perplexity is not None and found.reference_perplexity is not None
         return cls(
             plan.total_bytes,
             bits_per_weight(menu, plan.total_bytes),
@@ -50,6 +56,9 @@ class PlanFigures:
             plan.predicted_kl,
             found.measured_kl,
             found.standard_error,
+            found.uniform_kl,
+            found.perplexity,
+            found.reference_perplexity,
         )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from allocator.plan import Plan
     from allocator.policy import Policy
     from allocator.verification import Verification
+    from api.comparison import PlanFigures
     from profiler.profile import Profile
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -115,32 +116,37 @@ def compare(
         write_comparison(output, strict(document))
     if json_output:
         return print_json(document)
+    rows = []
+    for pair in found:
+        rows.append((pair.strategy, *_figures(pair.plan), ""))
+        rows.append(("  the optimum", *_figures(pair.optimum), f"{pair.saved:.1%}"))
     print_table(
         (
-            "strategy",
+            "plan",
             "bytes",
             "mean bits",
             "mean rank",
             "predicted KL",
             "KL",
-            "optimum: bytes",
-            "KL",
-            "less by",
+            "of uniform",
+            "perplexity",
+            "less KL",
         ),
-        [
-            (
-                pair.strategy,
-                f"{pair.plan.total_bytes:,}",
-                f"{pair.plan.mean_bits:.2f}",
-                f"{pair.plan.mean_rank:.1f}",
-                f"{pair.plan.predicted_kl:.4f}",
-                f"{pair.plan.measured_kl:.4f} ± {pair.plan.standard_error:.4f}",
-                f"{pair.optimum.total_bytes:,}",
-                f"{pair.optimum.measured_kl:.4f} ± {pair.optimum.standard_error:.4f}",
-                f"{pair.saved:.1%}",
-            )
-            for pair in found
-        ],
+        rows,
+    )
+    print(f"perplexity of the original {found[0].plan.reference_perplexity:.3f}")
+
+
+def _figures(found: PlanFigures) -> tuple[str, ...]:
+    share = "–" if found.uniform_kl is None else f"{found.measured_kl / found.uniform_kl:.3f}"
+    return (
+        f"{found.total_bytes:,}",
+        f"{found.mean_bits:.2f}",
+        f"{found.mean_rank:.1f}",
+        f"{found.predicted_kl:.4f}",
+        f"{found.measured_kl:.4f} ± {found.standard_error:.4f}",
+        share,
+        f"{found.perplexity:.3f}",
     )
 
 

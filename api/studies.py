@@ -39,16 +39,18 @@ def study_fidelity(
     from allocator.plan import PlanModel
     from profiler.calibration import text_tokens
     from profiler.checkpoint import find_model
-    from profiler.fidelity import compressed_blocks, fidelity_document, measure_blocks
+    from profiler.fidelity import check_measurable, compressed_blocks, fidelity_document, measure_blocks
     from profiler.run import PROBE_SHARE, ProfileSettings, open_run
 
     ref = find_model(model)
     with _scratch(output) as folder:
         run = open_run(ref, folder, ProfileSettings(calibration, tokens, seed, device))
         run.work.mkdir()
-        measured_NT, source = run.probe_tokens, f"{run.given[1]}, held back"
         if text is not None:
             measured_NT, source = text_tokens(run.loaded, text, tokens // PROBE_SHARE), text.name
+            check_measurable(run.loaded, measured_NT)
+        else:
+            measured_NT, source = run.probe_tokens, f"{run.given[1]}, held back"
         blocks = compressed_blocks(run.loaded, run.fitting_tokens, folder)
         measured = measure_blocks(run.loaded, measured_NT, blocks, folder, progress)
         document = fidelity_document(

@@ -75,6 +75,12 @@ class _Windows:
         return self.calls[len(hidden_NTd)][index](self.loaded.blocks[index], hidden_NTd)
 
 
+def check_measurable(loaded: LoadedModel, tokens_NT: Tensor) -> None:
+    """Raise `CalibrationError` for windows int64 (N, T) that say nothing: one token, or none that the model knows."""
+    check_windows(tokens_NT)
+    check_known(loaded, tokens_NT.flatten(), "the text to measure on")
+
+
 @torch.no_grad()
 def measure_blocks(
     loaded: LoadedModel,
@@ -89,8 +95,7 @@ def measure_blocks(
     and logits lie meanwhile. Raises `ModelError` where the model's numbers overflow, `CalibrationError` for a text
     that is one token.
     """
-    check_windows(tokens_NT)
-    check_known(loaded, tokens_NT.flatten(), "the text to measure on")
+    check_measurable(loaded, tokens_NT)
     windows = _Windows(
         loaded,
         tokens_NT,

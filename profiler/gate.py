@@ -22,7 +22,7 @@ from allocator.verification import Verification, verdict
 from profiler.calibration import Progress
 from profiler.layers import LoadedModel
 from profiler.profile import Profile
-from profiler.trial import measure_trials, trial_of
+from profiler.trial import measure_windows, trial_of
 
 SWAPS = 4
 """Neighbouring plans measured beside the solver's."""
@@ -47,8 +47,8 @@ def verified(
     contests = [_Contest.of(menu, plan, swaps) for plan in plans]
     wanted = {choice.tobytes(): choice for contest in contests for choice in contest.choices}
     trials = [trial_of(menu, choice) for choice in wanted.values()]
-    kl_PN = measure_trials(loaded, profile.calibration_tokens(), tokens_NT, trials, folder, progress)
-    measured = dict(zip(wanted, kl_PN, strict=True))
+    found_PN5 = measure_windows(loaded, profile.calibration_tokens(), tokens_NT, trials, folder, progress)
+    measured = dict(zip(wanted, found_PN5, strict=True))
     return [
         contest.decided(profile, torch.stack([measured[choice.tobytes()] for choice in contest.choices]))
         for contest in contests
@@ -73,9 +73,9 @@ class _Contest:
     def choices(self) -> list[Integers]:
         return [*self.candidates, *(choice for _, choice in self.uniform)]
 
-    def decided(self, profile: Profile, kl_PN: Tensor) -> Plan:
-        """The best candidate by the KL of every choice on every window (P, N), with its verification."""
-        menu, count = profile.menu, len(self.candidates)
+    def decided(self, profile: Profile, found_PN5: Tensor) -> Plan:
+        """The best candidate by what was measured of every choice on every window, with its verification."""
+        menu, count, kl_PN = profile.menu, len(self.candidates), found_PN5[:, :, 0]
         best = _best(kl_PN[:count])
         points = [(size, kl_N) for (size, _), kl_N in zip(self.uniform, kl_PN[count:], strict=True)]
         found = _against_uniform(kl_PN[best], points, choice_bytes(menu, self.candidates[best]))
@@ -84,6 +84,8 @@ class _Contest:
             tokens=kl_PN.shape[1] * (profile.document.calibration.window_tokens - 1),
             measured_kl=kl_PN[best].mean().item(),
             standard_error=_standard_error(kl_PN[best]),
+            perplexity=found_PN5[best, :, 1].mean().exp().item(),
+            reference_perplexity=found_PN5[best, :, 2].mean().exp().item(),
             uniform_kl=found.uniform_kl,
             difference=found.difference,
             difference_error=found.error,

@@ -37,7 +37,6 @@ def trial_of(menu: Menu, choice: Integers) -> Trial:
     }
 
 
-@torch.no_grad()
 def measure_trials(
     loaded: LoadedModel,
     calibration_NT: Tensor,
@@ -46,7 +45,20 @@ def measure_trials(
     folder: Path,
     progress: Progress,
 ) -> Tensor:
-    """KL (trials, N), float64, nats/token, of every trial on every window of `tokens_NT` (N, T).
+    """KL (trials, N), float64, nats/token, of every trial on every window of `tokens_NT` (N, T)."""
+    return measure_windows(loaded, calibration_NT, tokens_NT, trials, folder, progress)[:, :, 0]
+
+
+@torch.no_grad()
+def measure_windows(
+    loaded: LoadedModel,
+    calibration_NT: Tensor,
+    tokens_NT: Tensor,
+    trials: Sequence[Trial],
+    folder: Path,
+    progress: Progress,
+) -> Tensor:
+    """What `evaluation.compare` finds of every trial on every window of `tokens_NT` (N, T): (trials, N, 5), float64.
 
     calibration_NT: the windows whose Hessians the layers are compressed under. folder: an empty one for packed
     layers, activations and logits. What an interrupted run of the same trials left there is not done again.
@@ -59,14 +71,14 @@ def measure_trials(
     batch = BATCH_ON_CUDA if loaded.device.type == "cuda" else BATCH
     rows = []
     for index, trial in enumerate(trials):
-        row = folder / f"{index}.kl.safetensors"
+        row = folder / f"{index}.windows.safetensors"
         if not row.exists():
             with loaded.replacing(
                 lambda layer, trial=trial: trial_weight(loaded, layer, trial[layer.name], folder)
             ):
                 found_N5 = compare(loaded.model, reference, tokens_NT, batch=batch)
-            write_atomically(row, save({"kl_N": found_N5[:, 0].contiguous()}))
-        rows.append(load_file(row)["kl_N"])
+            write_atomically(row, save({"found_N5": found_N5}))
+        rows.append(load_file(row)["found_N5"])
         progress("measuring trials", index + 1, len(trials))
     return torch.stack(rows)
 

@@ -143,6 +143,8 @@
       size: d.plan.bits_per_weight,
       kl: d.plan.measured_kl,
       best: d.optimum.measured_kl,
+      perplexity: d.plan.perplexity,
+      bestPerplexity: d.optimum.perplexity,
       saved: d.saved,
     }));
     fact("strategies", rows.length);
@@ -174,7 +176,14 @@
       table: () =>
         table(
           { strategy: (d) => d.strategy },
-          { "bits per weight": (d) => d.size.toFixed(3), KL: (d) => number(d.kl), optimum: (d) => number(d.best), saved },
+          {
+            "bits per weight": (d) => d.size.toFixed(3),
+            KL: (d) => number(d.kl),
+            perplexity: (d) => d.perplexity.toFixed(3),
+            "optimum: KL": (d) => number(d.best),
+            "optimum: perplexity": (d) => d.bestPerplexity.toFixed(3),
+            saved,
+          },
           rows,
         ),
     });

@@ -328,6 +328,9 @@ def test_strategies_are_measured_beside_the_optimum_at_their_bytes(bitrank: Comm
         assert 0.99 * plan["total_bytes"] < optimum["total_bytes"] <= plan["total_bytes"]
         assert optimum["predicted_kl"] <= plan["predicted_kl"]
         assert pair["saved"] == pytest.approx(1 - optimum["measured_kl"] / plan["measured_kl"])
+        assert plan["reference_perplexity"] == optimum["reference_perplexity"] > 1
+        assert plan["perplexity"] != optimum["perplexity"] != plan["reference_perplexity"]
+    assert found[0]["plan"]["uniform_kl"] == pytest.approx(found[0]["plan"]["measured_kl"])
     assert [pair["plan"]["mean_bits"] for pair in found[:2]] == [3, 2]
     assert [pair["plan"]["mean_rank"] for pair in found[:2]] == [0, 4]
 
@@ -343,5 +346,7 @@ def test_the_comparison_is_a_table(bitrank: CommandLine, road: Road) -> None:
     outcome = bitrank("compare", road.profile)
     assert outcome.code == 0, outcome.stderr
     lines = outcome.stdout.splitlines()
-    assert lines[0].split()[:2] == ["strategy", "bytes"]
-    assert [line.split()[0] for line in lines[1:]] == ["uniform:2", "uniform:3", "uniform:4"]
+    assert lines[0].split()[:2] == ["plan", "bytes"]
+    assert [line.split()[0] for line in lines[1:-1:2]] == ["uniform:2", "uniform:3", "uniform:4"]
+    assert all(line.startswith("  the optimum ") for line in lines[2:-1:2])
+    assert lines[-1].startswith("perplexity of the original ")

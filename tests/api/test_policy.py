@@ -42,7 +42,7 @@ def profile(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "profile"
 
 
-def test_a_policy_is_carried_out_to_the_byte(bitrank: CommandLine, profile: Path) -> None:
+def test_a_policy_is_carried_out_to_the_byte(bitrank: CommandLine, profile: Path, road: Road) -> None:
     (bitrank.folder / "policy.yaml").write_text(RULES)
     outcome = bitrank("plan", profile, "--strategy", "policy", "--policy", "policy.yaml", "--json")
     assert outcome.code == 0, outcome.stderr
@@ -51,7 +51,8 @@ def test_a_policy_is_carried_out_to_the_byte(bitrank: CommandLine, profile: Path
         expected = (0, 16) if "self_attn" in name else (3, 4) if "layers.1." in name else (16, 0)
         assert (layer["bits"], layer["rank"]) == expected, name
     assert bitrank("compress", "plan.json", "-o", "small", "--profile", profile).code == 0
-    found = json.loads(bitrank("evaluate", "small", "--reference", plan["model"]["id"], "--json").stdout)
+    measured_on = ("--reference", plan["model"]["id"], "--text", road.text, "--tokens", "1024")
+    found = json.loads(bitrank("evaluate", "small", *measured_on, "--json").stdout)
     assert found["tensor_bytes"] == plan["total_bytes"]
 
 
