@@ -7,6 +7,7 @@ optimum itself is `knapsack.py`; plans made from a choice are `plan.py`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ import numpy as np
 from allocator.errors import InfeasibleError, StrategyError
 from allocator.knapsack import solve
 from allocator.problem import Floats, Integers, LayerMenu, Menu
+from allocator.recipes import RECIPES, Recipe, Sensitivities
 from allocator.storage import KEEP_BITS, Option
 
 FACTOR_PREFERENCE = (4, 8, KEEP_BITS)
@@ -55,19 +57,28 @@ class ByRules:
     rules: tuple[Rule, ...]
 
 
-Strategy = Optimal | Uniform | Progressive | ByRules
+@dataclass(frozen=True, slots=True)
+class ByRecipe:
+    """The ranks that a recipe gives every block, at its bits."""
+
+    recipe: Recipe
+    sensitivities: Sensitivities | None = None
+
+
+Strategy = Optimal | Uniform | Progressive | ByRules | ByRecipe
 
 GRAMMAR = {
     "optimal": "optimal",
     "uniform": "uniform:BITS[:rRANK][:gGROUP], like uniform:3 or uniform:3:r64",
     "progressive": "progressive[:fall|:rise]",
     "policy": "policy, with a file of rules",
+    **{name: f"{name}[:BITS]" for name in RECIPES},
 }
 """Strategies that a text can name. The others take arguments that a text cannot hold."""
 
 
 def parse_strategy(text: str, rules: tuple[Rule, ...] = ()) -> Strategy:
-    """Read `optimal`, `uniform:3`, `uniform:3:r64`, `uniform:3:g128`, `progressive:rise`, or `policy` of rules.
+    """Read `optimal`, `uniform:3`, `uniform:3:r64:g128`, `progressive:rise`, `ultra:3`, or `policy` of rules.
 
     Raises `StrategyError` with the nearest known name and the whole list.
     """
@@ -82,6 +93,8 @@ def parse_strategy(text: str, rules: tuple[Rule, ...] = ()) -> Strategy:
         return _parse_uniform(text, fields)
     if name == "progressive" and fields in ([], ["fall"], ["rise"]):
         return Progressive(2.0 if fields == ["rise"] else -2.0)
+    if name in RECIPES and (not fields or re.fullmatch("[2-8]", ":".join(fields))):
+        return ByRecipe(Recipe(name, *map(int, fields)))
     if name == "policy" and not fields:
         if not rules:
             raise StrategyError("strategy 'policy' needs rules; give a file with --policy")
@@ -112,7 +125,7 @@ def _malformed(text: str, name: str) -> StrategyError:
 def choose(strategy: Strategy, menu: Menu, total_bytes: int) -> Integers:
     """The choice (G,) of `strategy` when the whole checkpoint may take `total_bytes`.
 
-    `Uniform` and `ByRules` have the bytes they have: compare `choice_bytes` with the budget.
+    `Uniform`, `ByRules` and `ByRecipe` have the bytes they have: compare `choice_bytes` with the budget.
     """
     if isinstance(strategy, Uniform):
         return uniform(menu, strategy.bits, strategy.rank, strategy.group_size)
@@ -120,6 +133,8 @@ def choose(strategy: Strategy, menu: Menu, total_bytes: int) -> Integers:
         return progressive(menu, total_bytes, strategy.step_bits)
     if isinstance(strategy, ByRules):
         return policy(menu, strategy.rules)
+    if isinstance(strategy, ByRecipe):
+        return by_recipe(menu, strategy.recipe, strategy.sensitivities)
     return optimal(menu, total_bytes)
 
 
@@ -230,6 +245,35 @@ def policy(menu: Menu, rules: Sequence[Rule]) -> Integers:
         return option
 
     return _choice(_first_offered(layer, [option_of(layer)]) for layer in menu.layers)
+
+
+def by_recipe(menu: Menu, recipe: Recipe, sensitivities: Sensitivities | None = None) -> Integers:
+    """The recipe's bits everywhere, at group 64, with the offered rank nearest to the one it gives the layer's block.
+
+    Raises `StrategyError` naming the first layer that offers no rank at these bits, or where the recipe goes by
+    sensitivities and there are none.
+    """
+    blocks = 1 + max(block_index(layer.name) for layer in menu.layers)
+    ranks = recipe.ranks(hidden_size(menu), blocks, sensitivities)
+    return _choice(_nearest_rank(layer, recipe, ranks[block_index(layer.name)]) for layer in menu.layers)
+
+
+def hidden_size(menu: Menu) -> int:
+    """The most common smaller side of its matrices."""
+    sides = [min(layer.rows, layer.columns) for layer in menu.layers]
+    return max(sorted(set(sides)), key=sides.count)
+
+
+def _nearest_rank(layer: LayerMenu, recipe: Recipe, rank: int) -> int:
+    """The option of `recipe.bits` whose rank is nearest by ratio, of equals the larger; factors of the fewest bits."""
+    offered = [o for o in layer.options if o.rank and (o.bits, o.group_size) == (recipe.bits, 64)]
+    if not offered:
+        raise StrategyError(
+            f"{layer.name!r} offers no rank at {recipe.bits} bits and group 64, which strategy {recipe.name} needs;"
+            f" profile with --bits {recipe.bits} and --ranks"
+        )
+    best = min(offered, key=lambda o: (abs(math.log(o.rank / rank)), -o.rank, o.factor_bits))
+    return layer.options.index(best)
 
 
 def energy(menu: Menu, kept: Sequence[Floats], share: float) -> Integers:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from allocator.atomic import write_atomically
 from allocator.errors import BudgetSyntaxError
-from allocator.strategies import Uniform, parse_strategy
+from allocator.strategies import ByRecipe, Uniform, parse_strategy
 from api.report import SCRIPTS, render_page
 from api.usecases import bits_per_weight, original_of, plan_budget
 
@@ -84,7 +84,7 @@ def compare_strategies(
     device: str = "cpu",
     policy: Policy | None = None,
 ) -> list[Comparison]:
-    """Each strategy beside the optimum at its bytes; uniform ones and a policy have a size, the others take `budget`.
+    """Each strategy beside the optimum at its bytes; uniform, recipes and a policy have a size, others take `budget`.
 
     Raises what `plan_budget` raises, and `PlanError` when the model's weights are no longer the profile's.
     """
@@ -92,7 +92,7 @@ def compare_strategies(
 
     from profiler.gate import verified
 
-    sized = [s == "policy" or isinstance(parse_strategy(s), Uniform) for s in strategies]
+    sized = [s == "policy" or isinstance(parse_strategy(s), Uniform | ByRecipe) for s in strategies]
     if budget is None and not all(sized):
         raise BudgetSyntaxError(
             f"strategy {strategies[sized.index(False)]} has no size of its own; give --budget, like 3.25bpw"

@@ -39,7 +39,7 @@ def plan(
         ),
     ],
     budget: Annotated[str | None, typer.Option(help="700MiB, 1.5GB, 25% or 3.25bpw.")] = None,
-    strategy: Annotated[str, typer.Option(help="optimal, uniform:3, uniform:3:r64, …")] = "optimal",
+    strategy: Annotated[str, typer.Option(help="optimal, uniform:3, uniform:3:r64, ultra, …")] = "optimal",
     policy: PolicyFile = None,
     target: Annotated[
         str | None,
@@ -85,7 +85,7 @@ def plan(
 def compare(
     profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A directory `bitrank profile` wrote.")],
     strategies: Annotated[
-        list[str] | None, typer.Argument(help="uniform:3, uniform:3:r64, progressive:fall, …")
+        list[str] | None, typer.Argument(help="uniform:3, uniform:3:r64, ultra, progressive:fall, …")
     ] = None,
     budget: Annotated[
         str | None, typer.Option(help="For strategies without a size of their own: 700MiB, 25% or 3.25bpw.")

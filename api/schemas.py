@@ -41,7 +41,7 @@ StrategyText = Annotated[
     str,
     Field(
         max_length=64,
-        description="optimal, uniform:BITS[:rRANK][:gGROUP] or progressive[:fall|:rise].",
+        description="optimal, uniform:BITS[:rRANK][:gGROUP], progressive[:fall|:rise], or a recipe like ultra.",
         examples=["optimal", "uniform:3", "uniform:3:r64"],
     ),
 ]

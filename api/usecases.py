@@ -20,7 +20,8 @@ from allocator.budget import parse_budget
 from allocator.constraints import Constraints
 from allocator.errors import BitrankError, BudgetSyntaxError, InfeasibleError, PlanError, StrategyError
 from allocator.plan import Plan, PlanBudget, budget_bytes, describe_bytes
-from allocator.strategies import Optimal, choice_bytes, choose, parse_strategy
+from allocator.recipes import Sensitivities
+from allocator.strategies import ByRecipe, Optimal, choice_bytes, choose, parse_strategy
 from allocator.targets import check_compressible, check_fused, target_named
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def plan_budget(
     target: str | None = None,
     policy: Policy | None = None,
 ) -> Plan:
-    """Plan one budget for a target runtime. A uniform strategy or a policy has a size of its own and needs no budget.
+    """Plan one budget for a target runtime. A uniform strategy, a recipe or a policy has a size and needs no budget.
 
     Raises what `check_planning` raises, `ConstraintError`, `InfeasibleError` and `BudgetAboveOriginalError`.
     """
@@ -112,6 +113,8 @@ def plan_budget(
     rules = () if policy is None else policy.resolved(menu, energies_of(profile, policy))
     check_planning(budget, strategy, constraints is not None, target, rules)
     parsed = parse_strategy(strategy, rules)
+    if isinstance(parsed, ByRecipe) and parsed.recipe.needs_sensitivities:
+        parsed = replace(parsed, sensitivities=sensitivities_of(profile))
     if target is not None:
         required = target_named(target).constrained(constraints or Constraints())
     if budget is None:
@@ -159,6 +162,18 @@ def energies_of(profile: Profile, policy: Policy) -> Energies:
         }
         for layer in profile.menu.layers
     }
+
+
+def sensitivities_of(profile: Profile) -> Sensitivities | None:
+    """What compressing each block alone costs, as the profile measured it; None where it did not."""
+    from profiler.companion import FidelityDocument
+
+    found = FidelityDocument.beside(profile.path, profile.document.model.weights_sha256)
+    if found is None:
+        return None
+    return Sensitivities(
+        tuple(block.probe_kl.mean for block in found.blocks), tuple(block.tier for block in found.blocks)
+    )
 
 
 def check_planning(

@@ -95,3 +95,19 @@ def test_spectra_are_needed_for_an_energy(bitrank: CommandLine, profile: Path) -
     (bitrank.folder / "policy.yaml").write_text(RULES)
     outcome = bitrank("plan", "bare", "--strategy", "policy", "--policy", "policy.yaml")
     assert outcome.code != 0 and "has no spectra" in outcome.stderr
+
+
+def test_a_recipe_goes_by_the_fidelity_of_the_profile(bitrank: CommandLine, road: Road) -> None:
+    outcome = bitrank("plan", road.profile, "--strategy", "ultra:3", "--json")
+    assert outcome.code == 0, outcome.stderr
+    layers = json.loads(outcome.stdout)["layers"]
+    assert all(layer["bits"] == 3 and layer["rank"] > 0 for layer in layers.values())
+    exported = bitrank("export", "plan.json", "--format", "pattern-overrides")
+    assert exported.code == 0 and "pattern_overrides:" in exported.stdout
+
+    shutil.copytree(road.profile, bitrank.folder / "bare")
+    (bitrank.folder / "bare" / "fidelity.json").unlink()
+    refused = bitrank("plan", "bare", "--strategy", "ultra", "-o", "none.json")
+    assert_refused(
+        refused, bitrank.folder, "none.json", "strategy ultra goes by the fidelity", "again", code=2
+    )
