@@ -361,9 +361,12 @@ def evaluate(
     print(f"KL {found.kl_nats:.5f} ± {found.kl_standard_error:.5f} nats/token over {found.tokens:,} tokens")
     print(f"perplexity {found.perplexity:.3f}, original {found.reference_perplexity:.3f}")
     print(f"logits cosine {found.logits_cosine:.5f}, same next token {found.top1_agreement:.2%}")
-    print(f"{found.tokens_per_second:.1f} tokens/s, {found.tensor_bytes:,} tensor bytes")
+    print(f"{found.tokens_per_second:.1f} tokens/s, original {found.reference_tokens_per_second:.1f}")
+    print(f"{found.tensor_bytes:,} tensor bytes, original {found.reference_tensor_bytes:,}")
     for sample in found.samples:
         print(f"\n{sample.prompt}\n  original:   {sample.reference!r}\n  compressed: {sample.compressed!r}")
+        print(f"  logits: cosine {sample.logits_cosine:.5f}, mean squared difference {sample.logits_mse:.4g}")
+        print(f"  repetition {sample.compressed_repetition:.2f}, original {sample.reference_repetition:.2f}")
 
 
 export_cli.register(app)

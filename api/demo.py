@@ -148,7 +148,11 @@ def fill_report(
         ),
         plans=[plan_summary(profile, label, plan) for label, plan in plans.items()],
         evaluations=rows,
-        samples=[page.Sample(**asdict(sample)) for _, _, found in evaluations for sample in found.samples],
+        samples=[
+            page.Sample(prompt=sample.prompt, reference=sample.reference, compressed=sample.compressed)
+            for _, _, found in evaluations
+            for sample in found.samples
+        ],
     )
 
 

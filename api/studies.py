@@ -1,4 +1,4 @@
-"""Studies of one model: its blocks' fidelity, its spectra, its quality cliff. Use-cases like those of `usecases.py`.
+"""Studies of one model: fidelity, spectra, quality cliff, plain cuts. Use-cases like those of `usecases.py`.
 
 What lives here: picking tokens, measuring, and writing the document where it is asked for. A document written into a
 profile's directory under its own name (fidelity.json, spectrum.json, cliff.json) is a companion of that profile.
@@ -6,11 +6,13 @@ profile's directory under its own name (fidelity.json, spectrum.json, cliff.json
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from allocator.plan import PlanModel
@@ -102,6 +104,35 @@ def study_cliff(
     with _scratch(output) as folder:
         document = measure_cliff(loaded, identity, tokens_NT, source, folder, ratios or RATIOS, progress)
     return document if output is None else document.save(output)
+
+
+def study_quality(
+    model: str,
+    output: Path | None,
+    progress: Progress,
+    ranks: Sequence[int],
+    shares: Sequence[float],
+    factor_bits: int,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Cosine and relative error of every matrix at some ranks, by the weights alone."""
+    from allocator.atomic import write_atomically
+    from profiler.checkpoint import find_model
+    from profiler.layers import open_model
+    from profiler.quality import BANDS, truncations
+
+    ref = find_model(model)
+    identity, loaded = _identity(ref), open_model(ref, device)
+    found = truncations(loaded, ranks, shares, factor_bits, progress)
+    document = {
+        "model": identity.model_dump(),
+        "factor_bits": factor_bits or None,
+        "bands": {name: least for name, least in BANDS if least > 0},
+        "matrices": [asdict(row) for row in found],
+    }
+    if output is not None:
+        write_atomically(output, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    return document
 
 
 def _identity(ref: ModelRef) -> PlanModel:

@@ -1,4 +1,4 @@
-"""`bitrank fidelity`, `spectrum` and `cliff`: studies of one model, as tables, JSON and a page of charts."""
+"""`bitrank fidelity`, `spectrum`, `cliff` and `quality`: studies of one model, as tables and JSON, most with a page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Text = Annotated[Path | None, typer.Option(help="UTF-8 text to measure on.")]
 
 
 def register(app: typer.Typer) -> None:
-    for command in (fidelity, spectrum, cliff):
+    for command in (fidelity, spectrum, cliff, quality):
         app.command()(command)
 
 
@@ -139,6 +139,71 @@ def cliff(
     )
 
 
+def quality(
+    model: Model,
+    ranks: Annotated[str | None, typer.Option(help="Ranks to cut to, like 8,16,32.")] = None,
+    shares: Annotated[
+        str | None, typer.Option(help="Shares of the full rank; 0.125,0.25,0.5 by default.")
+    ] = None,
+    factor_bits: Annotated[
+        int | None,
+        typer.Option(help="Round the factors to 4 or 8 bits, or store bfloat16 (16); exact if absent."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file to write.")] = None,
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Cosine and relative error of every matrix cut to several ranks, by the weights alone."""
+    from api.cli import print_json
+    from api.progress import progress
+    from api.studies import study_quality
+
+    if factor_bits not in (None, 4, 8, 16):
+        raise typer.BadParameter(f"--factor-bits is 4, 8 or 16, not {factor_bits}")
+    if ranks is None and shares is None:
+        shares = "0.125,0.25,0.5"
+    found = study_quality(
+        model, output, progress(), _ranks(ranks), _ratios(shares or "", "--shares"), factor_bits or 0, device
+    )
+    if json_output:
+        return print_json(found)
+    matrices = found["matrices"]
+    _table(
+        ("matrix", "rank", "of", "cosine", "relative error", "squared", "of the bytes", "verdict"),
+        (
+            (
+                row["layer"],
+                row["rank"],
+                row["full_rank"],
+                f"{row['cosine']:.5f}",
+                f"{row['rooted_error']:.5f}",
+                f"{row['squared_error']:.5f}",
+                f"{row['size_ratio']:.1%}",
+                row["verdict"],
+            )
+            for row in matrices
+        ),
+    )
+    off = max(abs(row["cosine"] ** 2 + row["squared_error"] - 1) for row in matrices)
+    print(
+        f"cosine² + relative error² is 1 within {off:.2g}"
+        + ("" if factor_bits else ", as for any truncated SVD")
+    )
+    print(
+        "verdicts by cosine: " + ", ".join(f"{name} from {least:g}" for name, least in found["bands"].items())
+    )
+
+
+def _ranks(text: str | None) -> tuple[int, ...]:
+    try:
+        ranks = tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise typer.BadParameter(f"--ranks takes whole numbers separated by commas, not {text!r}") from None
+    if any(rank < 1 for rank in ranks):
+        raise typer.BadParameter("--ranks are 1 at least")
+    return ranks
+
+
 def _cliff_row(group: GroupCliff) -> tuple[Any, ...]:
     at_energy, lowest = group.energy_cut, group.cuts[-1]
     if group.cliff_ratio is None or group.cliff_energy is None:
@@ -158,13 +223,13 @@ def _cliff_row(group: GroupCliff) -> tuple[Any, ...]:
     )
 
 
-def _ratios(text: str) -> tuple[float, ...]:
+def _ratios(text: str, option: str = "--ratios") -> tuple[float, ...]:
     try:
-        ratios = tuple(float(part) for part in text.split(","))
+        ratios = tuple(float(part) for part in text.split(",")) if text else ()
     except ValueError:
-        raise typer.BadParameter(f"--ratios takes numbers separated by commas, not {text!r}") from None
+        raise typer.BadParameter(f"{option} takes numbers separated by commas, not {text!r}") from None
     if not all(0 < ratio < 1 for ratio in ratios):
-        raise typer.BadParameter("--ratios must lie between 0 and 1; the full rank is measured anyway")
+        raise typer.BadParameter(f"{option} must lie between 0 and 1; the full rank loses nothing")
     return ratios
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from profiler.evaluation import Fidelity
     from profiler.layers import LoadedModel
     from profiler.profile import Profile
+    from profiler.prompts import SamplePair
     from profiler.recovery import RecoverySettings
     from profiler.run import ProfileSettings
 
@@ -470,17 +471,10 @@ class Evaluation:
     top1_agreement: float
     tokens: int
     tokens_per_second: float
+    reference_tokens_per_second: float
     tensor_bytes: int
+    reference_tensor_bytes: int
     samples: tuple[SamplePair, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class SamplePair:
-    """The same prompt continued by both models, greedily."""
-
-    prompt: str
-    reference: str
-    compressed: str
 
 
 def evaluate_model(
@@ -530,7 +524,8 @@ def evaluate_loaded(
     prompts: Sequence[str] = (),
 ) -> Evaluation:
     from profiler.checkpoint import tensor_bytes
-    from profiler.evaluation import generate, live_logits, measure, tokens_per_second
+    from profiler.evaluation import live_logits, measure, tokens_per_second
+    from profiler.prompts import sample_pair
 
     check_comparable(compressed, original)
     found: Fidelity = measure(compressed.model, live_logits(original.model), tokens_NT, progress)
@@ -540,6 +535,8 @@ def evaluate_loaded(
         text=source,
         **asdict(found),
         tokens_per_second=tokens_per_second(compressed),
+        reference_tokens_per_second=tokens_per_second(original),
         tensor_bytes=tensor_bytes(compressed.ref.path),
-        samples=tuple(SamplePair(p, generate(original, p), generate(compressed, p)) for p in prompts),
+        reference_tensor_bytes=tensor_bytes(original.ref.path),
+        samples=tuple(sample_pair(original, compressed, prompt) for prompt in prompts),
     )

@@ -33,6 +33,7 @@ from profiler.estimate import CONFIDENCE, Estimate, estimate
 from profiler.evaluation import BATCH, Reference, stored_logits, window_divergences
 from profiler.heads import Head, heads_of, kind_of
 from profiler.layers import Layer, LoadedModel, check_finite
+from profiler.prompts import NGRAM, repeated_share
 from profiler.spectrum import energy_curve, rank_for
 from profiler.substitution import Weights, substituted
 
@@ -40,7 +41,6 @@ RATIOS = (0.95, 0.9, 0.85, 0.8, 0.65, 0.5, 0.35, 0.2)
 ENERGY_SHARE = 0.95
 REFERENCE_BITS, REFERENCE_GROUP = 4, 64
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 64
-NGRAM = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,12 +195,6 @@ def greedy(loaded: LoadedModel, prompt_NT: Tensor, new_tokens: int) -> Tensor:
         token_NT = output.logits[:, -1:].argmax(-1)
         drawn.append(token_NT)
     return torch.cat(drawn, dim=1)
-
-
-def repeated_share(tokens: Sequence[int], n: int = NGRAM) -> float:
-    """1 − distinct ÷ all n-grams; 0 where there is none."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def name_cliff(

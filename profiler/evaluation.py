@@ -1,7 +1,7 @@
 """How far a compressed model is from its original: KL divergence first, then what people also ask for.
 
-What lives here: measuring on given token windows, generation side by side, decoding speed. Loading is in
-`layers.py`. KL is the truth the plans are judged by: perplexity can improve while KL worsens.
+What lives here: measuring on given token windows, and decoding speed. Loading is in `layers.py`, prompts are in
+`prompts.py`. KL is the truth the plans are judged by: perplexity can improve while KL worsens.
 """
 
 from __future__ import annotations
@@ -158,19 +158,6 @@ def window_divergences(logits_NTV: Tensor, reference: Iterable[Iterable[Tensor]]
         found = [divergence(p_tV.to(q_tV).log_softmax(-1), q_tV.log_softmax(-1)) for p_tV, q_tV in pieces]
         means.append(torch.cat(found).mean())
     return torch.stack(means)
-
-
-@torch.inference_mode()
-def generate(loaded: LoadedModel, prompt: str, new_tokens: int = 48) -> str:
-    """Greedy continuation of `prompt`."""
-    ids = loaded.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(
-        loaded.device
-    )
-    ids = ids[:, -max(1, loaded.window - new_tokens) :]
-    output = loaded.model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
-    )
-    return str(loaded.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 @torch.inference_mode()

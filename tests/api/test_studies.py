@@ -184,3 +184,32 @@ def test_a_page_draws_its_charts_and_asks_for_nothing(
     assert page.locator("figure svg[role=img]").count() == charts
     assert problems == []
     page.close()
+
+
+def test_quality_tells_both_errors_and_that_they_are_one(bitrank: CommandLine, road: Road) -> None:
+    outcome = bitrank("quality", road.model, "--shares", "0.5", "-o", "quality.json")
+    assert outcome.code == 0, outcome.stderr
+    header, *_, identity, verdicts = outcome.stdout.splitlines()
+    assert header.split()[:5] == ["matrix", "rank", "of", "cosine", "relative"]
+    assert identity.startswith("cosine² + relative error² is 1 within ") and "truncated SVD" in identity
+    assert verdicts.startswith("verdicts by cosine: excellent from 0.99")
+    matrices = json.loads((bitrank.folder / "quality.json").read_text())["matrices"]
+    assert all(row["cosine"] ** 2 + row["squared_error"] == pytest.approx(1) for row in matrices)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--ranks", "9999"), "exceeds the smaller side"),
+        (("--ranks", "0"), "--ranks are 1 at least"),
+        (("--shares", "1.5"), "--shares must lie between 0 and 1"),
+        (("--factor-bits", "5"), "--factor-bits is 4, 8 or 16, not 5"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused(
+    bitrank: CommandLine, road: Road, arguments: tuple[str, ...], said: str
+) -> None:
+    outcome = bitrank("quality", road.model, *arguments, "-o", "quality.json")
+    assert outcome.code != 0
+    assert said in " ".join(outcome.stderr.replace("│", " ").split())
+    assert not (bitrank.folder / "quality.json").exists()
