@@ -1,9 +1,9 @@
 """Published recipes for rank at fixed bits: so much for the most sensitive blocks, so much for the others.
 
-What lives here: what each recipe gives a block. Taking the options is `strategies.ranked`; where a block's sensitivity
-comes from is the caller's. Ranks are those published for a hidden size of 1536 and scale with the model's.
+What lives here: what each recipe gives a block. Taking the options is `strategies.by_recipe`; where a block's
+sensitivity comes from is the caller's. Ranks are for a hidden size of 1536 and scale with the model's.
 
-Only `ultra` was published as it stands here; the others are our reading of their names.
+Only the ranks of `ultra` were published; those of the others are our reading of their names.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Recipe:
             return [UNIFORM_RANK] * blocks
         if found is None:
             raise StrategyError(
-                f"strategy {self.name} goes by the fidelity of blocks, and the profile has none;"
+                f"strategy {self.name} goes by the fidelity of blocks, and the profile has no fidelity.json;"
                 " profile the model again"
             )
         if len(found.value_B) != blocks:
@@ -70,7 +70,7 @@ class Recipe:
             return [TIERED[tier] for tier in found.tier_B]
         value_B = np.array(found.value_B)
         if self.name == "proportional":
-            return list(UNIFORM_RANK * value_B / value_B.mean())
+            return list(UNIFORM_RANK * value_B / value_B.mean()) if value_B.any() else [UNIFORM_RANK] * blocks
         first, rest = LADDERS[self.name]
         rank_B = np.full(blocks, rest)
         most = np.argsort(-value_B, kind="stable")[: len(first)]

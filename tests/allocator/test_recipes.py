@@ -54,6 +54,10 @@ def test_ranks_follow_the_width_of_the_model(name: str) -> None:
     assert min(Recipe(name).ranks(1, 8, TABLE)) == 1
 
 
+def test_blocks_that_cost_nothing_share_alike() -> None:
+    assert Recipe("proportional").ranks(1536, 2, Sensitivities((0.0, 0.0), ("low", "low"))) == (64, 64)
+
+
 def test_ultra_on_the_published_table_is_the_published_assignment() -> None:
     guess, table = Guess(), fidelities()
     menu = build_menu(guess, bits=(3,), ranks=(40, 128, 256))
@@ -88,7 +92,7 @@ def test_a_recipe_has_bytes_of_its_own() -> None:
 
 def test_sensitivities_are_needed_and_must_be_of_the_model() -> None:
     menu = menu_of(384)
-    with pytest.raises(StrategyError, match="goes by the fidelity of blocks, and the profile has none"):
+    with pytest.raises(StrategyError, match="goes by the fidelity of blocks, and the profile has no fidelity"):
         by_recipe(menu, Recipe("ultra"))
     with pytest.raises(StrategyError, match="is of 8 blocks and the model has 4"):
         by_recipe(menu_of(384, blocks=4), Recipe("ultra"), TABLE)

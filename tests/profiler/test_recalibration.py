@@ -277,12 +277,12 @@ def test_an_interrupted_run_resumes_where_it_was(
     """Twice interrupted and then finished, it is the undisturbed profile to the byte, nothing made twice."""
     output = tmp_path / "out"
     first = interrupted(profile, output, 3)
-    rows = Counter(file.name.endswith(".kl.safetensors") for file in first)
+    rows = Counter(file.name.endswith(".windows.safetensors") for file in first)
     assert rows[True] == 3 and rows[False] > 14
     second = interrupted(profile, output, 6)
     assert {file: second[file] for file in first} == first
     assert sorted(file.name for file in second.keys() - first.keys()) == [
-        f"{index}.kl.safetensors" for index in (3, 4, 5)
+        f"{index}.windows.safetensors" for index in (3, 4, 5)
     ]
     with pytest.raises(ProfileError, match="not a profile directory"):
         load_profile(output)
@@ -299,8 +299,8 @@ def test_a_measured_row_is_taken_as_it_lies(profile: Profile, tmp_path: Path) ->
     """Swapped rows come out swapped, so that nothing of them was measured again."""
     output = tmp_path / "out"
     interrupted(profile, output, 2)
-    a, b = (output / ".work" / f"{index}.kl.safetensors" for index in (0, 1))
-    means = [load_file(row)["kl_N"].mean().item() for row in (a, b)]
+    a, b = (output / ".work" / f"{index}.windows.safetensors" for index in (0, 1))
+    means = [load_file(row)["found_N5"][:, 0].mean().item() for row in (a, b)]
     first, second = a.read_bytes(), b.read_bytes()
     a.write_bytes(second)
     b.write_bytes(first)
@@ -329,7 +329,7 @@ def test_another_request_discards_unfinished_work(
     output = tmp_path / "out"
     left = interrupted(profile, output, 4, OTHER)
     between = interrupted(profile, output, 1)
-    rows = [file for file in between if file.name.endswith(".kl.safetensors")]
+    rows = [file for file in between if file.name.endswith(".windows.safetensors")]
     assert len(rows) == 1
     assert between[rows[0]] > max(left.values()), "measured anew"
     run(profile, output)
