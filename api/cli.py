@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from api import export_cli, job_cli, plan_cli, service_cli, study_cli
+from api import export_cli, job_cli, kvcache_cli, plan_cli, service_cli, study_cli
 from api.progress import progress
 
 app = typer.Typer(
@@ -373,6 +373,7 @@ export_cli.register(app)
 service_cli.register(app)
 job_cli.register(app)
 study_cli.register(app)
+kvcache_cli.register(app)
 
 
 def peak_memory_bytes() -> int:

@@ -92,7 +92,9 @@ def test_a_recipe_has_bytes_of_its_own() -> None:
 
 def test_sensitivities_are_needed_and_must_be_of_the_model() -> None:
     menu = menu_of(384)
-    with pytest.raises(StrategyError, match="goes by the fidelity of blocks, and the profile has no fidelity"):
+    with pytest.raises(
+        StrategyError, match="goes by the fidelity of blocks, and the profile has no fidelity"
+    ):
         by_recipe(menu, Recipe("ultra"))
     with pytest.raises(StrategyError, match="is of 8 blocks and the model has 4"):
         by_recipe(menu_of(384, blocks=4), Recipe("ultra"), TABLE)

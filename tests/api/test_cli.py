@@ -27,6 +27,8 @@ COMMANDS = (
     "fidelity",
     "spectrum",
     "cliff",
+    "quality",
+    "kvcache",
 )
 SERVICE_COMMANDS = ("serve", "worker", "batch", "jobs", "keys")
 HEAVY = {"torch", "transformers", "numpy", "scipy", "cvxpy", "pandas", "pyarrow", "fastapi"}

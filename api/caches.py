@@ -1,0 +1,198 @@
+"""Low-rank key-value caches of one model, measured side by side: a use-case like those of `usecases.py`.
+
+What lives here: picking tokens, ranks by strategy, and figures. Calibration and measuring are the profiler's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from allocator.errors import StrategyError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compressor.kvranks import CoefficientBits, Ranks
+    from profiler.calibration import Progress
+    from profiler.kvcache import CacheFigures, KeysAndValues
+    from profiler.layers import LoadedModel
+
+STRATEGIES = ("uniform", "progressive", "adaptive", "manual")
+CALIBRATION_TOKENS = 8_192
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSettings:
+    """ratio and bits: those of `preset` where None; start and end are the ratios of `progressive`, 1.2 and 0.8 times
+    the ratio where None."""
+
+    strategies: tuple[str, ...] = STRATEGIES[:3]
+    preset: str | None = None
+    ratio: float | None = None
+    bits: CoefficientBits | None = None
+    chunk_size: int | None = None
+    context: int | None = None
+    start_ratio: float | None = None
+    end_ratio: float | None = None
+    ranks: Path | None = None
+    text: Path | None = None
+    calibration: Path | None = None
+    tokens: int = 4_096
+    device: str = "cpu"
+
+
+def measure_caches(model: str, settings: CacheSettings, progress: Progress) -> list[CacheFigures]:
+    """One row for each strategy. Raises `CacheError`, `StrategyError`, `CalibrationError`."""
+    from compressor.kvranks import predicted_bytes
+    from profiler.checkpoint import find_model
+    from profiler.kvcache import (
+        CacheFigures,
+        cache_kl,
+        decode_speed,
+        keys_and_values,
+        plain_bytes,
+        plain_speed,
+        reference_logits,
+    )
+    from profiler.layers import load_model
+
+    for name in settings.strategies:
+        if name not in STRATEGIES:
+            raise StrategyError(f"cache strategy {name!r} is unknown; use one of {', '.join(STRATEGIES)}")
+    loaded = load_model(find_model(model), settings.device)
+    context, chunk_size = _context(loaded, settings.context), _chunk_size(loaded, settings.chunk_size)
+    ratio, bits = _share(loaded, settings)
+    measured_NT = _windows(_tokens(loaded, settings.text, settings.tokens, 1, model), context)
+    calibration_NT = _tokens(loaded, settings.calibration, CALIBRATION_TOKENS, 0, None)
+    found = keys_and_values(loaded, calibration_NT, chunk_size, progress)
+    speed = plain_speed(loaded, measured_NT[0])
+    rows: list[CacheFigures] = []
+    with TemporaryDirectory(prefix="bitrank-kvcache-") as folder:
+        reference = reference_logits(loaded, measured_NT, Path(folder))
+        for name in settings.strategies:
+            ranks = _ranks(name, loaded, found, settings, ratio, context, calibration_NT, progress)
+            cache = found.cache(ranks, bits)
+            decoded = decode_speed(loaded, measured_NT[0], cache)
+            kl_N = cache_kl(loaded, reference, measured_NT, partial(found.cache, ranks, bits))
+            progress("measuring caches", len(rows) + 1, len(settings.strategies))
+            rows.append(
+                CacheFigures(
+                    name,
+                    context,
+                    float(ranks.mean()),
+                    cache.held_bytes(),
+                    predicted_bytes(ranks, context, 1, found.chunk_size, found.dtype.itemsize, bits),
+                    cache.held_bytes() / plain_bytes(found, context),
+                    float(kl_N.mean()),
+                    float(kl_N.std(ddof=1) / len(kl_N) ** 0.5) if len(kl_N) > 1 else float("nan"),
+                    decoded,
+                    speed,
+                )
+            )
+    return rows
+
+
+def _ranks(
+    name: str,
+    loaded: LoadedModel,
+    found: KeysAndValues,
+    settings: CacheSettings,
+    ratio: float,
+    context: int,
+    calibration_NT: Tensor,
+    progress: Progress,
+) -> Ranks:
+    from compressor import kvranks
+    from profiler.kvcache import PROBE_WINDOWS, adaptive_ranks, reference_logits, sensitivities
+
+    shape, size = found.shape, found.chunk_size
+    if name == "manual":
+        return kvranks.manual(shape, _rank_map(settings.ranks), size)
+    if name == "progressive":
+        start, end = settings.start_ratio or min(1.0, 1.2 * ratio), settings.end_ratio or 0.8 * ratio
+        return kvranks.progressive(shape, start, end, context, size)
+    even = kvranks.uniform(shape, ratio, context, size)
+    if name == "uniform":
+        return even
+    probes_NT = calibration_NT[:PROBE_WINDOWS]
+    with TemporaryDirectory(prefix="bitrank-kvcache-") as folder:
+        reference = reference_logits(loaded, probes_NT, Path(folder))
+        weight_LK = sensitivities(loaded, found, reference, probes_NT, progress)
+    return adaptive_ranks(found, weight_LK, int(even.sum()))
+
+
+def _rank_map(path: Path | None) -> dict[str, int]:
+    import yaml  # type: ignore[import-untyped]
+    from pydantic import TypeAdapter, ValidationError
+
+    if path is None:
+        raise StrategyError("cache strategy 'manual' needs ranks; give a YAML file with --ranks")
+    try:
+        return TypeAdapter(dict[str, int]).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise StrategyError(
+            f"cannot read ranks from {path} ({reason}); write lines like '*.k.*.*: 12'"
+        ) from error
+
+
+def _context(loaded: LoadedModel, context: int | None) -> int:
+    from compressor.kvranks import CacheError
+
+    most = int(getattr(loaded.model.config, "max_position_embeddings", None) or loaded.window)
+    if context is not None and not 32 <= context <= most:
+        raise CacheError(f"a context of {context} tokens is not one of {loaded.ref.id}; use 32 to {most}")
+    return context or loaded.window
+
+
+def _share(loaded: LoadedModel, settings: CacheSettings) -> tuple[float, Any]:
+    from compressor.kvranks import preset_for, presets
+
+    known = presets()
+    name = settings.preset or preset_for(sum(layer.weights for layer in loaded.layers))
+    if name not in known:
+        raise StrategyError(f"preset {name!r} is unknown; use one of {', '.join(known)}")
+    return settings.ratio or known[name].ratio, settings.bits or known[name].bits
+
+
+def _chunk_size(loaded: LoadedModel, given: int | None) -> int:
+    """Half a head if none is given, so that its parts can have ranks of their own."""
+    from compressor.kvranks import check_chunks
+
+    config = loaded.model.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    chunk_size = given or int(head // 2 if head % 2 == 0 else head)
+    check_chunks(head, chunk_size)
+    return chunk_size
+
+
+def _tokens(loaded: LoadedModel, text: Path | None, count: int, seed: int, model: str | None) -> Tensor:
+    from profiler.calibration import sample_tokens, text_tokens
+    from profiler.checkpoint import DEMO, DEMO_PATH
+
+    if text is None and model == DEMO:
+        text = DEMO_PATH / "evaluation.txt"
+    return sample_tokens(loaded, count, seed) if text is None else text_tokens(loaded, text, count)
+
+
+def _windows(tokens_NT: Tensor, context: int) -> Tensor:
+    from compressor.kvranks import CacheError
+
+    flat = tokens_NT.flatten()
+    if len(flat) < context:
+        raise CacheError(f"{len(flat)} tokens do not fill a context of {context}; give more text or --tokens")
+    return flat[: len(flat) // context * context].view(-1, context)
+
+
+def summary(rows: Sequence[CacheFigures]) -> str:
+    """How adaptive ranks do beside uniform ones, in one sentence; empty where either was not measured."""
+    by_name = {row.strategy: row for row in rows}
+    if not {"uniform", "adaptive"} <= by_name.keys():
+        return ""
+    share = by_name["adaptive"].kl_nats / by_name["uniform"].kl_nats
+    return f"adaptive loses {share:.3f} of what uniform loses at the same bytes"
