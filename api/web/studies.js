@@ -146,7 +146,7 @@
       perplexity: d.plan.perplexity,
       bestPerplexity: d.optimum.perplexity,
       saved: d.saved,
-    }));
+    })).sort((a, b) => a.size - b.size);
     fact("strategies", rows.length);
     const saved = (d) => `${(100 * d.saved).toFixed(1)} % less`;
     const text = { x: "size", fontWeight: 600, stroke: "var(--paper)", strokeWidth: 4 };
@@ -161,8 +161,13 @@
           Plot.ruleX(rows, { x: "size", y1: "best", y2: "kl", stroke: "var(--muted)", strokeWidth: 1.5 }),
           Plot.dot(rows, { x: "size", y: "kl", r: 5, fill: "var(--uniform)" }),
           Plot.dot(rows, { x: "size", y: "best", r: 5, fill: "var(--plan)" }),
-          Plot.text(rows, { ...text, y: "kl", text: "strategy", dy: -14, fill: "var(--uniform)" }),
-          Plot.text(rows, { ...text, y: "best", text: saved, dy: 16, fill: "var(--plan)" }),
+          ...[0, 1, 2].flatMap((level) => {
+            const some = rows.filter((_, index) => index % 3 === level);
+            return [
+              Plot.text(some, { ...text, y: "kl", text: "strategy", dy: -14 - 20 * level, fill: "var(--uniform)" }),
+              Plot.text(some, { ...text, y: "best", text: saved, dy: 16 + 18 * level, fill: "var(--plan)" }),
+            ];
+          }),
         ],
       });
     const view = () => ({
