@@ -93,7 +93,8 @@ class _Recorder(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         plain_BHTd = key_states
         if self.rotary is not None:
-            plain_BHTd = unrotated(key_states, *self.rotary(torch.arange(key_states.shape[2])))
+            position_T = torch.arange(key_states.shape[2], device=key_states.device)
+            plain_BHTd = unrotated(key_states, *self.rotary(position_T))
         self.moment_KHdd = torch.stack(
             [torch.einsum("bhti,bhtj->hij", x.double(), x.double()) for x in (plain_BHTd, value_states)]
         )
