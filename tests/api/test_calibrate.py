@@ -104,7 +104,7 @@ def test_an_interrupted_calibration_is_resumed_to_the_same_bytes(
     bitrank: CommandLine, road: Road, calibrated: Path
 ) -> None:
     output = bitrank.folder / "out"
-    row = output / ".work" / "1.kl.safetensors"
+    row = output / ".work" / "1.windows.safetensors"
     outcome = bitrank.start(*calibrating(road.profile, "out")).send(signal.SIGINT, row.exists)
     assert outcome.code == 130, outcome.stderr
     assert outcome.complaint == "interrupted; run the same command again to resume"
