@@ -114,7 +114,8 @@ def _ranks(
     if name == "manual":
         return kvranks.manual(shape, _rank_map(settings.ranks), size)
     if name == "progressive":
-        start, end = settings.start_ratio or min(1.0, 1.2 * ratio), settings.end_ratio or 0.8 * ratio
+        start = min(1.0, 1.2 * ratio) if settings.start_ratio is None else settings.start_ratio
+        end = 0.8 * ratio if settings.end_ratio is None else settings.end_ratio
         return kvranks.progressive(shape, start, end, context, size)
     even = kvranks.uniform(shape, ratio, context, size)
     if name == "uniform":
@@ -157,7 +158,8 @@ def _share(loaded: LoadedModel, settings: CacheSettings) -> tuple[float, Any]:
     name = settings.preset or preset_for(sum(layer.weights for layer in loaded.layers))
     if name not in known:
         raise StrategyError(f"preset {name!r} is unknown; use one of {', '.join(known)}")
-    return settings.ratio or known[name].ratio, settings.bits or known[name].bits
+    ratio = known[name].ratio if settings.ratio is None else settings.ratio
+    return ratio, settings.bits or known[name].bits
 
 
 def _chunk_size(loaded: LoadedModel, given: int | None) -> int:
@@ -166,7 +168,7 @@ def _chunk_size(loaded: LoadedModel, given: int | None) -> int:
 
     config = loaded.model.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    chunk_size = given or int(head // 2 if head % 2 == 0 else head)
+    chunk_size = given if given is not None else int(head // 2 if head % 2 == 0 else head)
     check_chunks(head, chunk_size)
     return chunk_size
 

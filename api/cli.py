@@ -153,7 +153,7 @@ def profile(
     from api.usecases import profile_model
     from profiler.run import ProfileSettings
 
-    widths = _numbers(bits, "--bits", {0, 2, 3, 4, 5, 6, 8})
+    widths = numbers(bits, "--bits", {0, 2, 3, 4, 5, 6, 8})
     if not any(widths):
         raise typer.BadParameter("--bits 0, which is low rank alone, needs another width beside it")
     settings = ProfileSettings(
@@ -162,12 +162,12 @@ def profile(
         seed=seed,
         device=device,
         bits=widths,
-        ranks=None if ranks is None else (0, *(r for r in _numbers(ranks, "--ranks") if r)),
-        group_sizes=_numbers(group_sizes, "--group-sizes", {32, 64, 128}),
+        ranks=None if ranks is None else (0, *(r for r in numbers(ranks, "--ranks") if r)),
+        group_sizes=numbers(group_sizes, "--group-sizes", {32, 64, 128}),
         rank_group_sizes=None
         if rank_group_sizes is None
-        else _numbers(rank_group_sizes, "--rank-group-sizes", {32, 64, 128}),
-        factor_bits=_numbers(factor_bits, "--factor-bits", {4, 8, 16}),
+        else numbers(rank_group_sizes, "--rank-group-sizes", {32, 64, 128}),
+        factor_bits=numbers(factor_bits, "--factor-bits", {4, 8, 16}),
         adaptive=adaptive,
     )
     report = progress()
@@ -383,16 +383,16 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _numbers(text: str, option: str, allowed: set[int] | None = None) -> tuple[int, ...]:
+def numbers(text: str, option: str, allowed: set[int] | None = None, least: int = 0) -> tuple[int, ...]:
     try:
-        numbers = tuple(sorted({int(part) for part in text.split(",")}))
+        found = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         raise typer.BadParameter(f"{option} takes whole numbers separated by commas, not {text!r}") from None
-    wrong = [n for n in numbers if (n not in allowed if allowed is not None else n < 0)]
-    if wrong or not numbers:
-        choices = f"; choose from {sorted(allowed)}" if allowed is not None else ""
+    wrong = [n for n in found if (n not in allowed if allowed is not None else n < least)]
+    if wrong or not found:
+        choices = f"; choose from {sorted(allowed)}" if allowed is not None else f"; {least} is the least"
         raise typer.BadParameter(f"{option} cannot be {wrong}{choices}")
-    return numbers
+    return found
 
 
 def _dicts(records: Iterable[Any]) -> list[dict[str, Any]]:

@@ -54,12 +54,22 @@ def kvcache(
 
     if bits not in (None, 4, 8, 16):
         raise typer.BadParameter(f"--bits is 4, 8 or 16, not {bits}")
-    named = tuple(strategies or STRATEGIES[:3])
     chosen: Any = bits
     settings = CacheSettings(
-        named, preset, ratio, chosen, chunk_size, context, start_ratio, end_ratio, ranks, text, calibration,
-        tokens, device,
-    )  # fmt: skip
+        strategies=tuple(strategies or STRATEGIES[:3]),
+        preset=preset,
+        ratio=ratio,
+        bits=chosen,
+        chunk_size=chunk_size,
+        context=context,
+        start_ratio=start_ratio,
+        end_ratio=end_ratio,
+        ranks=ranks,
+        text=text,
+        calibration=calibration,
+        tokens=tokens,
+        device=device,
+    )
     rows = measure_caches(model, settings, progress())
     document = {"model": model, "caches": [asdict(row) for row in rows]}
     if output is not None:

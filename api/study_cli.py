@@ -154,7 +154,7 @@ def quality(
     json_output: Json = False,
 ) -> None:
     """Cosine and relative error of every matrix cut to several ranks, by the weights alone."""
-    from api.cli import print_json
+    from api.cli import numbers, print_json
     from api.progress import progress
     from api.studies import study_quality
 
@@ -162,9 +162,9 @@ def quality(
         raise typer.BadParameter(f"--factor-bits is 4, 8 or 16, not {factor_bits}")
     if ranks is None and shares is None:
         shares = "0.125,0.25,0.5"
-    found = study_quality(
-        model, output, progress(), _ranks(ranks), _ratios(shares or "", "--shares"), factor_bits or 0, device
-    )
+    kept = numbers(ranks, "--ranks", least=1) if ranks else ()
+    cut = _ratios(shares or "", "--shares")
+    found = study_quality(model, output, progress(), kept, cut, factor_bits or 0, device)
     if json_output:
         return print_json(found)
     matrices = found["matrices"]
@@ -192,16 +192,6 @@ def quality(
     print(
         "verdicts by cosine: " + ", ".join(f"{name} from {least:g}" for name, least in found["bands"].items())
     )
-
-
-def _ranks(text: str | None) -> tuple[int, ...]:
-    try:
-        ranks = tuple(int(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        raise typer.BadParameter(f"--ranks takes whole numbers separated by commas, not {text!r}") from None
-    if any(rank < 1 for rank in ranks):
-        raise typer.BadParameter("--ranks are 1 at least")
-    return ranks
 
 
 def _cliff_row(group: GroupCliff) -> tuple[Any, ...]:

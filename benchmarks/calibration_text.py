@@ -71,7 +71,7 @@ def losses(
         loaded = open_model(ref, arguments.device)
         kl_PN = measure_trials(
             loaded, profile.calibration_tokens(), held_out_NT, trials, folder / "trials", progress()
-        )
+        )[:, :, 0]
     return kl_PN.mean(dim=1).tolist()
 
 

@@ -13,9 +13,12 @@ import time
 from itertools import cycle
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from allocator.plan import Plan, PlanBudget, PlanLayer, PlanModel
+from allocator.plan import Plan, PlanBudget, PlanModel
+from allocator.planner import Planner
+from allocator.problem import LayerMenu, Menu
 from allocator.storage import Option, layer_bytes
 from api.cli import peak_memory_bytes
 from api.progress import progress
@@ -37,34 +40,27 @@ OPTIONS = (
 
 
 def mixed_plan(loaded: LoadedModel, kept: dict[str, int]) -> Plan:
-    layers = {}
-    for layer, option in zip(loaded.layers, cycle(OPTIONS), strict=False):
-        size = layer_bytes(layer.rows, layer.columns, option, 2 * layer.weights)
-        layers[layer.name] = PlanLayer(
-            bits=option.bits,
-            rank=option.rank,
-            group_size=option.group_size,
-            factor_bits=option.factor_bits,
-            bytes=size,
-            error=0.0,
-            cost=0.0,
+    """Every layer with the one option that it is offered, at no cost."""
+    none = np.zeros(1)
+    layers = [
+        LayerMenu(
+            layer.name,
+            layer.rows,
+            layer.columns,
+            2 * layer.weights,
+            (option,),
+            np.array([layer_bytes(layer.rows, layer.columns, option, 2 * layer.weights)]),
+            none,
+            none,
         )
-    total = sum(kept.values()) + sum(layer.bytes for layer in layers.values())
-    return Plan(
-        schema_version=1,
-        model=PlanModel(id=loaded.ref.id, revision=None, weights_sha256="0" * 64),
-        profile_sha256="0" * 64,
-        budget=PlanBudget(text=f"{total}B", bytes=total),
-        total_bytes=total,
-        predicted_kl=0.0,
-        predicted_kl_interval=(0.0, 0.0),
-        lower_bound=0.0,
-        gap=0.0,
-        shadow_price=0.0,
-        strategy="mixed",
-        target=None,
-        layers=layers,
-        kept=kept,
+        for layer, option in zip(loaded.layers, cycle(OPTIONS), strict=False)
+    ]
+    menu = Menu(tuple(layers), kept)
+    model = PlanModel(id=loaded.ref.id, revision=None, weights_sha256="0" * 64)
+    planner, total = Planner(menu, model, "0" * 64, (1.0, 1.0)), menu.smallest_bytes
+    found = planner.optimum(total)
+    return planner.plan(
+        found.choice, budget=PlanBudget(text=f"{total}B", bytes=total), bound=found, strategy="mixed"
     )
 
 

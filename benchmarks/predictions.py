@@ -207,7 +207,7 @@ def report(profile: Profile, arguments: argparse.Namespace, work: Path) -> None:
     folder.mkdir(exist_ok=True)
     kl_PN = measure_trials(
         loaded, profile.calibration_tokens(), tokens_NT, [*trials, probe_trial], folder, progress()
-    )
+    )[:, :, 0]
     measured_P = kl_PN.mean(dim=1).numpy()[:-1]
     before_P, after_P = predicted(profile, choices), predicted(calibrated, choices)
     low, high = calibrated.interval_factors

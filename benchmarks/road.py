@@ -45,7 +45,7 @@ def measured_kl(profile: Profile, plans: dict[str, Plan], tokens: int) -> dict[s
     with tempfile.TemporaryDirectory() as folder:
         kl_PN = measure_trials(
             original, profile.calibration_tokens(), tokens_NT, trials, Path(folder), progress()
-        )
+        )[:, :, 0]
     errors = kl_PN.std(dim=1) / kl_PN.shape[1] ** 0.5
     return dict(zip(plans, zip(kl_PN.mean(dim=1).tolist(), errors.tolist(), strict=True), strict=True))
 

@@ -21,8 +21,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from compressor.kvranks import CoefficientBits
 
-Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Positions int64 (T,) -> cosines and sines (T, rotated numbers of a head)."""
+Rotary = Callable[[int], tuple[Tensor, Tensor]]
+"""T -> cosines and sines (T, n) of the positions before it, n the numbers of a head that are rotated."""
 TINY = 1e-30
 
 
@@ -68,72 +68,73 @@ class Bases:
         return x_BTn.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
-class Coefficients:
-    """Coefficients (B, T, R) that grow with T, stored as they are."""
-
-    def __init__(self, ranks: Sequence[int]) -> None:
-        self.stored: tuple[Tensor, ...] = ()
-
-    def append(self, new_BTR: Tensor) -> None:
-        self._grow(new_BTR)
-
-    def read(self) -> Tensor:
-        return self.stored[0]
-
-    def _grow(self, *new: Tensor) -> None:
-        old = self.stored or tuple(part[:, :0] for part in new)
-        self.stored = tuple(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True))
+Stored = tuple[Tensor, ...]
+"""What coefficients are kept as; all (B, T, …)."""
 
 
-class RoundedCoefficients(Coefficients):
-    """Coefficients in 8 or 4 bits: symmetric codes, one bfloat16 scale for each token and chunk."""
+@dataclass(frozen=True, slots=True)
+class AsComputed:
+    """Coefficients as they are."""
 
-    def __init__(self, ranks: Sequence[int], bits: int) -> None:
-        super().__init__(ranks)
-        self.ranks, self.bits, self.largest = [rank for rank in ranks if rank], bits, 2 ** (bits - 1) - 1
+    def encode(self, coefficient_BTR: Tensor) -> Stored:
+        return (coefficient_BTR,)
 
-    def append(self, new_BTR: Tensor) -> None:
-        parts = new_BTR.split(self.ranks, dim=-1)
-        scale_BTC = torch.stack([part.abs().amax(-1) for part in parts], dim=-1) / self.largest
-        scale_BTC = scale_BTC.clamp(min=TINY).bfloat16()
-        code_BTR = new_BTR / self._spread(scale_BTC, new_BTR.dtype)
-        code_BTR = code_BTR.round().clamp(-self.largest - 1, self.largest).to(torch.int8)
-        self.dtype, self.width = new_BTR.dtype, new_BTR.shape[-1]
-        self._grow(code_BTR if self.bits == 8 else self._packed(code_BTR), scale_BTC)
+    def decode(self, stored: Stored, dtype: torch.dtype) -> Tensor:
+        return stored[0]
 
-    def read(self) -> Tensor:
-        code, scale_BTC = self.stored
-        code_BTR = code if self.bits == 8 else self._unpacked(code)
-        return code_BTR.to(self.dtype) * self._spread(scale_BTC, self.dtype)
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """Symmetric codes of 8 or 4 bits, those of 4 two to a byte; one bfloat16 scale for each token and chunk."""
+
+    ranks: tuple[int, ...]
+    bits: int
+
+    def encode(self, coefficient_BTR: Tensor) -> Stored:
+        largest = 2 ** (self.bits - 1) - 1
+        nothing_BT0 = coefficient_BTR[..., :0]
+        tops = [part.abs().amax(-1, keepdim=True) for part in coefficient_BTR.split(self.ranks, dim=-1)]
+        scale_BTC = (torch.cat([nothing_BT0, *tops], dim=-1) / largest).clamp(min=TINY).bfloat16()
+        code_BTR = (coefficient_BTR / self._spread(scale_BTC, coefficient_BTR.dtype)).round()
+        code_BTR = code_BTR.clamp(-largest - 1, largest).to(torch.int8)
+        return (code_BTR if self.bits == 8 else _in_pairs(code_BTR)), scale_BTC
+
+    def decode(self, stored: Stored, dtype: torch.dtype) -> Tensor:
+        code, scale_BTC = stored
+        code_BTR = code if self.bits == 8 else _apart(code)[..., : sum(self.ranks)]
+        return code_BTR.to(dtype) * self._spread(scale_BTC, dtype)
 
     def _spread(self, scale_BTC: Tensor, dtype: torch.dtype) -> Tensor:
-        return scale_BTC.to(dtype).repeat_interleave(
-            torch.tensor(self.ranks, device=scale_BTC.device), dim=-1
-        )
+        ranks = torch.tensor(self.ranks, dtype=torch.int64, device=scale_BTC.device)
+        return scale_BTC.to(dtype).repeat_interleave(ranks, dim=-1)
 
-    def _packed(self, code_BTR: Tensor) -> Tensor:
-        code = torch.nn.functional.pad(code_BTR.to(torch.int16) + 8, (0, code_BTR.shape[-1] % 2))
-        return (code[..., 0::2] | code[..., 1::2] << 4).to(torch.uint8)
 
-    def _unpacked(self, packed: Tensor) -> Tensor:
-        code = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
-        return code[..., : self.width].to(torch.int8) - 8
+def _in_pairs(code_BTR: Tensor) -> Tensor:
+    code = torch.nn.functional.pad(code_BTR.to(torch.int16) + 8, (0, code_BTR.shape[-1] % 2))
+    return (code[..., 0::2] | code[..., 1::2] << 4).to(torch.uint8)
+
+
+def _apart(pairs: Tensor) -> Tensor:
+    return torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2).to(torch.int8) - 8
 
 
 class LowRankLayer(CacheLayerMixin):
     """One layer's cache: keys and values as coefficients."""
 
+    is_croppable = True
+
     def __init__(self, keys: Bases, values: Bases, rotary: Rotary | None, bits: CoefficientBits = 16) -> None:
         super().__init__()
-        self.bases, self.rotary, self.bits = (keys, values), rotary, bits
+        self.bases, self.rotary = (keys, values), rotary
+        self.codecs = tuple(
+            AsComputed() if bits == 16 else Rounded(tuple(filter(None, bases.ranks)), bits)
+            for bases in self.bases
+        )
         self.reset()
 
     def reset(self) -> None:
         self.tokens = 0
-        self.coefficients = tuple(
-            Coefficients(b.ranks) if self.bits == 16 else RoundedCoefficients(b.ranks, self.bits)
-            for b in self.bases
-        )
+        self.stored: list[Stored] = [(), ()]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -142,22 +143,39 @@ class LowRankLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *arguments: Any, **keywords: Any
     ) -> tuple[Tensor, Tensor]:
         """Store new tokens (B, H, T, d); keys and values of all tokens so far, as far as the ranks hold them."""
-        total = self.tokens + key_states.shape[2]
-        if self.rotary is not None:
-            angles = self.rotary(torch.arange(total, device=key_states.device))
-            key_states = unrotated(
-                key_states, *(angle_Tn[self.tokens :].to(key_states) for angle_Tn in angles)
-            )
-        read = []
-        for bases, stored, x_BHTd in zip(
-            self.bases, self.coefficients, (key_states, value_states), strict=True
-        ):
-            stored.append(bases.encode(x_BHTd))
-            read.append(bases.decode(stored.read()))
-        if self.rotary is not None:
-            read[0] = rotated(read[0], *(angle_Tn.to(key_states) for angle_Tn in angles))
-        self.tokens = total
-        return read[0], read[1]
+        past, self.tokens = self.tokens, self.tokens + key_states.shape[2]
+        angles = [] if self.rotary is None else [part.to(key_states) for part in self.rotary(self.tokens)]
+        if angles:
+            key_states = unrotated(key_states, *(part_Tn[past:] for part_Tn in angles))
+        keys, values = self._kept(0, key_states), self._kept(1, value_states)
+        return (rotated(keys, *angles) if angles else keys), values
+
+    def _kept(self, kind: int, x_BHTd: Tensor) -> Tensor:
+        """Store new tokens of a kind; what is held of all of them."""
+        bases, codec = self.bases[kind], self.codecs[kind]
+        new = codec.encode(bases.encode(x_BHTd))
+        old = self.stored[kind]
+        self.stored[kind] = (
+            tuple(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True)) if old else new
+        )
+        return bases.decode(codec.decode(self.stored[kind], x_BHTd.dtype))
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.stored = [tuple(map(change, stored)) for stored in self.stored]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._change(lambda part: part.index_select(0, beam_idx.to(part.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._change(lambda part: part[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change(lambda part: part.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last −`tokens_to_remove` tokens."""
+        self.tokens = max(0, self.tokens - abs(tokens_to_remove))
+        self._change(lambda part: part[:, : self.tokens])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.tokens + query_length, 0
@@ -170,7 +188,7 @@ class LowRankLayer(CacheLayerMixin):
 
     def held_bytes(self) -> int:
         held = [block for bases in self.bases for block in bases.blocks]
-        held += [part for coefficients in self.coefficients for part in coefficients.stored]
+        held += [part for stored in self.stored for part in stored]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 

@@ -22,7 +22,7 @@ from allocator.verification import Verification, verdict
 from profiler.calibration import Progress
 from profiler.layers import LoadedModel
 from profiler.profile import Profile
-from profiler.trial import measure_windows, trial_of
+from profiler.trial import measure_trials, trial_of
 
 SWAPS = 4
 """Neighbouring plans measured beside the solver's."""
@@ -47,7 +47,7 @@ def verified(
     contests = [_Contest.of(menu, plan, swaps) for plan in plans]
     wanted = {choice.tobytes(): choice for contest in contests for choice in contest.choices}
     trials = [trial_of(menu, choice) for choice in wanted.values()]
-    found_PN5 = measure_windows(loaded, profile.calibration_tokens(), tokens_NT, trials, folder, progress)
+    found_PN5 = measure_trials(loaded, profile.calibration_tokens(), tokens_NT, trials, folder, progress)
     measured = dict(zip(wanted, found_PN5, strict=True))
     return [
         contest.decided(profile, torch.stack([measured[choice.tobytes()] for choice in contest.choices]))

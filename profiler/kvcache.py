@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,7 @@ class _Recorder(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         plain_BHTd = key_states
         if self.rotary is not None:
-            position_T = torch.arange(key_states.shape[2], device=key_states.device)
-            plain_BHTd = unrotated(key_states, *self.rotary(position_T))
+            plain_BHTd = unrotated(key_states, *self.rotary(key_states.shape[2]))
         self.moment_KHdd = torch.stack(
             [torch.einsum("bhti,bhtj->hij", x.double(), x.double()) for x in (plain_BHTd, value_states)]
         )
@@ -144,7 +144,8 @@ def check_attention(loaded: LoadedModel) -> int:
 def rotary_of(loaded: LoadedModel) -> Rotary | None:
     """Angles by position, or None for a model whose keys are not rotated.
 
-    Raises `CacheError` where angles depend on the length of the text: keys could not be rotated again as they were.
+    Raises `CacheError` where angles depend on the length of the text, or where neighbours are turned together and not
+    halves: keys could not be rotated again as they were.
     """
     found = [module for module in loaded.model.modules() if hasattr(module, "inv_freq")]
     if not found:
@@ -156,10 +157,17 @@ def rotary_of(loaded: LoadedModel) -> Rotary | None:
             f"{loaded.ref.id} turns keys by angles that change with the length ({kind}); not supported"
         )
 
-    def angles(position_T: Tensor) -> tuple[Tensor, Tensor]:
-        cosine_1Tn, sine_1Tn = module(torch.zeros(1, device=position_T.device), position_T[None])
+    @lru_cache(maxsize=1)  # every layer asks for the same
+    def angles(tokens: int) -> tuple[Tensor, Tensor]:
+        position_1T = torch.arange(tokens, device=loaded.device)[None]
+        cosine_1Tn, sine_1Tn = module(torch.zeros(1, device=loaded.device), position_1T)
         return cosine_1Tn[0], sine_1Tn[0]
 
+    first, second = angles(2)[0].chunk(2, dim=-1)
+    if not torch.equal(first, second):
+        raise CacheError(
+            f"{loaded.ref.id} turns neighbouring numbers of a key together; only halves are supported"
+        )
     return angles
 
 

@@ -37,6 +37,7 @@ def trial_of(menu: Menu, choice: Integers) -> Trial:
     }
 
 
+@torch.no_grad()
 def measure_trials(
     loaded: LoadedModel,
     calibration_NT: Tensor,
@@ -45,20 +46,8 @@ def measure_trials(
     folder: Path,
     progress: Progress,
 ) -> Tensor:
-    """KL (trials, N), float64, nats/token, of every trial on every window of `tokens_NT` (N, T)."""
-    return measure_windows(loaded, calibration_NT, tokens_NT, trials, folder, progress)[:, :, 0]
-
-
-@torch.no_grad()
-def measure_windows(
-    loaded: LoadedModel,
-    calibration_NT: Tensor,
-    tokens_NT: Tensor,
-    trials: Sequence[Trial],
-    folder: Path,
-    progress: Progress,
-) -> Tensor:
-    """What `evaluation.compare` finds of every trial on every window of `tokens_NT` (N, T): (trials, N, 5), float64.
+    """(trials, N, 5), float64: what `evaluation.compare` finds of every trial on every window of `tokens_NT` (N, T), KL
+    (nats/token) first.
 
     calibration_NT: the windows whose Hessians the layers are compressed under. folder: an empty one for packed
     layers, activations and logits. What an interrupted run of the same trials left there is not done again.

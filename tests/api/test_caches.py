@@ -39,6 +39,8 @@ def test_caches_are_measured_side_by_side(bitrank: CommandLine, road: Road) -> N
         (("manual",), "needs ranks; give a YAML file with --ranks"),
         (("manual", "--ranks", "some.yaml"), "the map has no rank for chunk 0.v.0.0"),
         (("--ratio", "1.5"), "ratio 1.5 is no share of a cache"),
+        (("--ratio", "0"), "ratio 0 is no share of a cache"),
+        (("--chunk-size", "0"), "chunks of 0 do not divide a head"),
         (("--bits", "5"), "--bits is 4, 8 or 16, not 5"),
     ],
 )

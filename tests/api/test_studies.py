@@ -201,7 +201,7 @@ def test_quality_tells_both_errors_and_that_they_are_one(bitrank: CommandLine, r
     ("arguments", "said"),
     [
         (("--ranks", "9999"), "exceeds the smaller side"),
-        (("--ranks", "0"), "--ranks are 1 at least"),
+        (("--ranks", "0"), "--ranks cannot be [0]; 1 is the least"),
         (("--shares", "1.5"), "--shares must lie between 0 and 1"),
         (("--factor-bits", "5"), "--factor-bits is 4, 8 or 16, not 5"),
     ],

@@ -32,8 +32,8 @@ SHAPE = (1, 2, HEADS, HEAD // CHUNK)
 MakeTensor = Callable[..., torch.Tensor]
 
 
-def angles(position_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    angle_Tn = position_T[:, None] * torch.tensor([1.0, 0.1, 0.01, 0.001])
+def angles(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angle_Tn = torch.arange(tokens)[:, None] * torch.tensor([1.0, 0.1, 0.01, 0.001])
     angle_Tn = torch.cat([angle_Tn, angle_Tn], dim=-1)
     return 1.5 * angle_Tn.cos(), 1.5 * angle_Tn.sin()
 
@@ -55,7 +55,7 @@ def keys_and_values(normal: MakeTensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_undoing_a_rotation_gives_what_was_rotated(normal: MakeTensor) -> None:
-    key_BHTd, turn = normal(2, HEADS, TOKENS, HEAD), angles(torch.arange(TOKENS))
+    key_BHTd, turn = normal(2, HEADS, TOKENS, HEAD), angles(TOKENS)
     assert not torch.allclose(rotated(key_BHTd, *turn), key_BHTd, atol=0.1)
     torch.testing.assert_close(unrotated(rotated(key_BHTd, *turn), *turn), key_BHTd)
 
@@ -81,7 +81,7 @@ def test_token_by_token_is_as_all_at_once(normal: MakeTensor, bits: int) -> None
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("rank_HC", [[[1, 2], [3, 4]], [[0, 3], [0, 0]], [[4, 4], [4, 4]]])
+@pytest.mark.parametrize("rank_HC", [[[1, 2], [3, 4]], [[0, 3], [0, 0]], [[4, 4], [4, 4]], [[0, 0], [0, 0]]])
 def test_the_bytes_held_are_the_bytes_predicted(
     normal: MakeTensor, bits: int, rank_HC: list[list[int]]
 ) -> None:
@@ -89,6 +89,24 @@ def test_the_bytes_held_are_the_bytes_predicted(
     layer = layer_of(ranks, bits)
     layer.update(*keys_and_values(normal))
     assert LowRankCache([layer]).held_bytes() == predicted_bytes(ranks, TOKENS, 3, CHUNK, 4, bits)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_sequences_are_chosen_repeated_and_cut_short(normal: MakeTensor, bits: int) -> None:
+    key_BHTd, value_BHTd = keys_and_values(normal)
+    ranks, new = uniform(SHAPE, 0.5, TOKENS, CHUNK), (normal(3, HEADS, 1, HEAD), normal(3, HEADS, 1, HEAD))
+    order = torch.tensor([2, 0, 0])
+    changed, straight = layer_of(ranks, bits), layer_of(ranks, bits)
+    changed.update(key_BHTd, value_BHTd)
+    changed.crop(-4)
+    changed.reorder_cache(order)
+    straight.update(key_BHTd[order][:, :, :-4], value_BHTd[order][:, :, :-4])
+    for one, other in zip(changed.update(*new), straight.update(*new), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    changed.batch_repeat_interleave(2)
+    changed.batch_select_indices(torch.tensor([0, 2, 5]))
+    for one, other in zip(changed.update(*new), straight.update(*new), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 def test_fewer_bits_lose_more_and_hold_less(normal: MakeTensor) -> None:
