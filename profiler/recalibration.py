@@ -9,6 +9,7 @@ Uniform probes say how the prediction falls short where every layer has the same
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 from scipy.stats import spearmanr
-from scipy.stats import t as student
 from torch import Tensor
 
 from allocator.atomic import write_atomically
@@ -117,8 +117,7 @@ def _write(profile: Profile, choices: Sequence[Integers], kl_PN: Tensor, output:
     error_P = (kl_PN.std(dim=1) / kl_PN.shape[1] ** 0.5).numpy()
     fitted = fit_class_gains(x_PK, y_P)
     mean = one_gain(x_P, y_P)
-    spread = float(np.sqrt(np.square(fitted.log_ratio_P).mean()))
-    width = spread * float(student.ppf((1 + CONFIDENCE) / 2, len(y_P) - 1))
+    width = conformal_width(fitted.log_ratio_P)
     gain = Gain(
         mean,
         mean * float(np.exp(-width)),
@@ -142,6 +141,16 @@ def _write(profile: Profile, choices: Sequence[Integers], kl_PN: Tensor, output:
         if file.exists():
             write_atomically(output / file.name, file.read_bytes())
     write_atomically(output / "profile.json", (document.model_dump_json(indent=1) + "\n").encode())
+
+
+def conformal_width(log_ratio_P: Floats) -> float:
+    """Half width, in log, of an interval that holds a further plan with `CONFIDENCE`, whatever their distribution.
+
+    log_ratio (P,): every plan predicted from the others. The ⌈CONFIDENCE·(P + 1)⌉-th least of their sizes (Barber et
+    al., "Predictive inference with the jackknife+", arXiv 1905.02928).
+    """
+    size_P = np.sort(np.abs(log_ratio_P))
+    return float(size_P[min(len(size_P), math.ceil(CONFIDENCE * (len(size_P) + 1))) - 1])
 
 
 def agreement(y_P: Floats, log_ratio_P: Floats, before_P: Floats, width: float) -> Agreement:

@@ -24,6 +24,7 @@ from profiler.recalibration import (
     FEWEST_PLANS,
     RecalibrationSettings,
     agreement,
+    conformal_width,
     predictions_by_class,
     random_choices,
     recalibrate,
@@ -177,6 +178,15 @@ def test_the_gain_s_mean_is_that_of_the_plans_and_its_interval_lies_around_it_ev
     assert math.log(gain.mean) == pytest.approx(sum(ratios) / len(ratios))
     assert gain.low < gain.mean < gain.high
     assert gain.low * gain.high == pytest.approx(gain.mean**2)
+
+
+@pytest.mark.parametrize("plans", [10, 40, 99])
+def test_the_interval_holds_nine_further_plans_in_ten_however_errors_are_spread(plans: int) -> None:
+    draw = np.random.default_rng(plans)
+    for errors in (draw.standard_normal, draw.standard_cauchy, draw.random):
+        drawn = errors((4_000, plans + 1))
+        inside = [abs(row[-1]) <= conformal_width(row[:-1]) for row in drawn]
+        assert 0.885 <= np.mean(inside) <= 0.9 + 1 / (plans + 1) + 0.015
 
 
 def test_predictions_of_plans_come_nearer_than_under_the_gain_of_the_probes(
