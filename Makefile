@@ -7,8 +7,8 @@ demo: $(VENV)/installed
 	$(BIN)/bitrank demo
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/allocator tests/compressor tests/profiler
-	$(BIN)/python -m pytest --ignore tests/allocator --ignore tests/compressor --ignore tests/profiler
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not alone'
+	$(BIN)/python -m pytest -m alone
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -19,6 +19,8 @@ from api.limits import RateLimit
 from api.problems import ProblemError
 from api.settings import Settings
 
+pytestmark = pytest.mark.alone
+
 
 def run(data_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

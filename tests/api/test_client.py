@@ -17,6 +17,8 @@ from api.job_schemas import JobRecord
 from api.usecases import plan_budget
 from profiler.profile import load_profile
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def remote(service: ServiceProcess) -> Iterator[Client]:

@@ -12,6 +12,8 @@ from schemathesis import Case, GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from service_process import ServiceProcess
 
+pytestmark = pytest.mark.alone
+
 EXAMPLES = 12
 EXCLUDED = [positive_data_acceptance]
 """A request of the right form may still be refused: a budget can be infeasible, a cursor made up."""

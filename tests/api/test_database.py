@@ -28,6 +28,8 @@ from api.problems import ProblemError
 from api.profile_store import ProfileStore
 from api.settings import Settings, SettingsError
 
+pytestmark = pytest.mark.alone
+
 
 def postgres_programs() -> Path | None:
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))

@@ -26,6 +26,8 @@ from benchmarks.bystander import Bystander
 from benchmarks.fleet import Fleet
 from benchmarks.installation import eventful_job, finished, installation, write_small_model
 
+pytestmark = pytest.mark.alone
+
 CONNECTIONS, STREAMS = 40, 4
 SCRIPT = "/static/vendor/d3.min.js"
 PLAN = {"model": "model", "budget": "3bpw"}

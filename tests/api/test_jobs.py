@@ -42,6 +42,8 @@ from profiler.checkpoint import find_model
 from profiler.profile import load_profile
 from profiler.run import ProfileSettings, begin_profile, finish_profile, open_run, sweep_block
 
+pytestmark = pytest.mark.alone
+
 SMALL = {"model": "small", "settings": GRID}
 
 

@@ -22,6 +22,8 @@ from service_process import ServiceProcess, command, environment
 
 from benchmarks.installation import GRID, write_small_model
 
+pytestmark = pytest.mark.alone
+
 PATIENCE_SECONDS = 240
 
 

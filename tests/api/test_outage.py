@@ -17,6 +17,8 @@ from api.ledger import Ledger
 from api.settings import Settings
 from benchmarks.cluster import Cluster, binary
 
+pytestmark = pytest.mark.alone
+
 BODY = b'{"model":"demo"}'
 DIGEST = sha256(b"/v1/profiles\nb''\n" + BODY).hexdigest()
 HEADERS = {"Content-Type": "application/json"}

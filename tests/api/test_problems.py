@@ -9,6 +9,8 @@ import httpx
 import pytest
 from service_process import ServiceProcess
 
+pytestmark = pytest.mark.alone
+
 PLAN = {"model": "model", "budget": "3bpw"}
 
 

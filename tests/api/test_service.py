@@ -24,6 +24,8 @@ from profiler.companion import CliffDocument, Cut, GroupCliff
 from profiler.estimate import Estimate
 from profiler.profile import load_profile
 
+pytestmark = pytest.mark.alone
+
 
 def submitted(client: httpx.Client) -> httpx.Response:
     return client.post("/v1/profiles", json={"model": "demo", "settings": {"tokens": 1024}})

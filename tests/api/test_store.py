@@ -19,6 +19,8 @@ from benchmarks.cluster import Cluster, binary
 from benchmarks.fleet import Fleet
 from benchmarks.installation import GRID, finished, read_profile, undisturbed, write_small_model
 
+pytestmark = pytest.mark.alone
+
 NAME = "profiles/abc"
 SMALL = {"model": "small", "settings": GRID}
 

@@ -17,6 +17,8 @@ from api.settings import Settings
 from api.worker import Heartbeats
 from benchmarks.faults import locked
 
+pytestmark = pytest.mark.alone
+
 DEAD_SECONDS = 1.0
 
 
