@@ -60,8 +60,37 @@ class PlanLayer(Frozen):
         return Option(self.bits, self.rank, self.group_size, self.factor_bits)
 
 
+class PlanCacheGroup(Frozen):
+    """The keys or values of one layer: bits of the coefficients (16: as they are), the rank of every chunk of every
+    key-value head, bytes and predicted KL (nats/token). All ranks full at 16 bits: stored plainly, without bases."""
+
+    bits: Count
+    ranks: tuple[tuple[Count, ...], ...]
+    bytes: Count
+    cost: float
+
+
+class PlanCache(Frozen):
+    """The key-value cache of `batch` sequences of `context` tokens, by `LAYER.k` and `LAYER.v`.
+
+    total_bytes counts bases and coefficients, plain_bytes is the cache as it is; bases_sha256 is of the profile's
+    `kvcache.safetensors`.
+    """
+
+    context: Count
+    batch: Count
+    chunk_size: Count
+    bases_sha256: str
+    total_bytes: Count
+    plain_bytes: Count
+    predicted_kl: float
+    groups: dict[str, PlanCacheGroup]
+
+
 class Plan(Frozen):
     """A decided allocation. `total_bytes` is, to the byte, what the compressed checkpoint's tensors take.
+
+    With a `cache`, the budget holds both and predicted_kl is of both.
 
     predicted_kl and its 90 % interval are in nats/token; lower_bound and gap certify that no other choice from the
     same options is predicted to lose less than `predicted_kl − gap`; shadow_price is in nats per MiB.
@@ -82,6 +111,7 @@ class Plan(Frozen):
     layers: dict[str, PlanLayer]
     kept: dict[str, int]
     verification: Verification | None = None
+    cache: PlanCache | None = Field(default=None, exclude_if=lambda cache: cache is None)
 
     @property
     def compressible_bytes(self) -> int:

@@ -1,6 +1,8 @@
-"""Low-rank key-value caches of one model, measured side by side: a use-case like those of `usecases.py`.
+"""Low-rank key-value caches of one model, measured side by side or planned with its weights: use-cases like those of
+`usecases.py`.
 
-What lives here: picking tokens, ranks by strategy, and figures. Calibration and measuring are the profiler's.
+What lives here: picking tokens, ranks by strategy, and figures; the plan of weights and cache under one budget.
+Calibration and measuring are the profiler's.
 """
 
 from __future__ import annotations
@@ -17,10 +19,14 @@ from allocator.errors import StrategyError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from allocator.plan import Plan
     from compressor.kvranks import CoefficientBits, Ranks
     from profiler.calibration import Progress
+    from profiler.evaluation import EmptyCache
     from profiler.kvcache import CacheFigures, KeysAndValues
+    from profiler.kvprofile import CacheProfile
     from profiler.layers import LoadedModel
+    from profiler.profile import Profile
 
 STRATEGIES = ("uniform", "progressive", "adaptive", "manual")
 CALIBRATION_TOKENS = 8_192
@@ -97,6 +103,78 @@ def measure_caches(model: str, settings: CacheSettings, progress: Progress) -> l
     return rows
 
 
+def plan_jointly(
+    profile: Profile, budget: str, context: int, batch: int, progress: Progress, device: str = "cpu"
+) -> Plan:
+    """The plan of least predicted KL for the weights and the cache of `batch` sequences of `context` tokens together.
+
+    The first time, the cache is measured and kept beside the profile. Raises `CacheError`, `CompanionError`,
+    `PlanError` for other weights, and what `parse_joint_budget` and `joint_bytes` raise.
+    """
+    from allocator.cache import joint_plan, parse_joint_budget
+
+    parsed = parse_joint_budget(budget)
+    menu = cache_profile(profile, context, progress, device).menu(context, batch)
+    return joint_plan(profile.planner, menu, parsed)
+
+
+def cache_profile(profile: Profile, context: int, progress: Progress, device: str = "cpu") -> CacheProfile:
+    """What the cache of the profiled model can be, measured if it was not yet."""
+    from allocator.errors import PlanError
+    from profiler.checkpoint import find_model, weights_sha256
+    from profiler.kvprofile import load_cache_profile, measure_cache_profile
+    from profiler.layers import load_model
+
+    ref = find_model(profile.document.model.id)
+    _check_context(ref.id, _longest(ref.path), context)
+    if found := load_cache_profile(profile):
+        return found
+    if weights_sha256(ref) != profile.document.model.weights_sha256:
+        raise PlanError(f"the weights of {ref.id} are not those of {profile.path}; profile this model again")
+    loaded = load_model(ref, device)
+    return measure_cache_profile(profile, loaded, _chunk_size(loaded, None), progress)
+
+
+def files_of_cache(plan: Plan, profile: Profile) -> dict[str, bytes]:
+    """What a checkpoint carries of the plan's cache, by name; nothing where the plan has none."""
+    from allocator.errors import PlanError
+    from compressor.kvlayout import FILE, layout_file
+    from profiler.kvprofile import load_cache_profile
+
+    if plan.cache is None:
+        return {}
+    found = load_cache_profile(profile)
+    if found is None or found.document.arrays_sha256 != plan.cache.bases_sha256:
+        raise PlanError(
+            f"{profile.path} does not have the bases that the plan's cache was made with; plan with --context again"
+        )
+    return {FILE: layout_file(plan.cache, found.bases)}
+
+
+def cache_of(loaded: LoadedModel) -> EmptyCache | None:
+    """Empty caches of the kind that a checkpoint was planned with; None where it is of weights alone."""
+    from compressor.kvlayout import FILE, load_layout
+
+    return load_layout(loaded.ref.path, loaded.model).empty if (loaded.ref.path / FILE).exists() else None
+
+
+def _longest(path: Path) -> int | None:
+    """Tokens that a model's configuration allows."""
+    import json
+
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    found = config.get("max_position_embeddings", config.get("n_positions"))
+    return None if found is None else int(found)
+
+
+def _check_context(model: str, longest: int | None, context: int) -> None:
+    from compressor.kvranks import CacheError
+
+    if context < 32 or (longest is not None and context > longest):
+        bounds = "at least 32" if longest is None else f"32 to {longest}"
+        raise CacheError(f"a context of {context} tokens is not one of {model}; use {bounds}")
+
+
 def _ranks(
     name: str,
     loaded: LoadedModel,
@@ -143,11 +221,9 @@ def _rank_map(path: Path | None) -> dict[str, int]:
 
 
 def _context(loaded: LoadedModel, context: int | None) -> int:
-    from compressor.kvranks import CacheError
-
-    most = int(getattr(loaded.model.config, "max_position_embeddings", None) or loaded.window)
-    if context is not None and not 32 <= context <= most:
-        raise CacheError(f"a context of {context} tokens is not one of {loaded.ref.id}; use 32 to {most}")
+    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    if context is not None:
+        _check_context(loaded.ref.id, longest, context)
     return context or loaded.window
 
 

@@ -362,6 +362,8 @@ def evaluate(
     print(f"perplexity {found.perplexity:.3f}, original {found.reference_perplexity:.3f}")
     print(f"logits cosine {found.logits_cosine:.5f}, same next token {found.top1_agreement:.2%}")
     print(f"{found.tokens_per_second:.1f} tokens/s, original {found.reference_tokens_per_second:.1f}")
+    if found.low_rank_cache:
+        print("read through the low-rank key-value cache that the checkpoint was planned with")
     print(f"{found.tensor_bytes:,} tensor bytes, original {found.reference_tensor_bytes:,}")
     for sample in found.samples:
         print(f"\n{sample.prompt}\n  original:   {sample.reference!r}\n  compressed: {sample.compressed!r}")

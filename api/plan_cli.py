@@ -13,7 +13,7 @@ import typer
 from api.progress import ProgressLine, progress
 
 if TYPE_CHECKING:
-    from allocator.plan import Plan
+    from allocator.plan import Plan, PlanCache
     from allocator.policy import Policy
     from allocator.verification import Verification
     from api.comparison import PlanFigures
@@ -52,12 +52,26 @@ def plan(
         bool,
         typer.Option("--verify", help="Measure the plan beside uniform at the same bytes; takes minutes."),
     ] = False,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens of context: the key-value cache shares the budget with the weights."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of that context.")] = 1,
     output: Annotated[Path, typer.Option("-o", "--output", help="Plan file to write.")] = Path("plan.json"),
     device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
     """Decide every layer's bits and rank for one budget, with a certificate."""
-    if server is None:
+    if context is not None:
+        if server or verify or target or policy or strategy != "optimal":
+            raise typer.BadParameter(
+                "--context plans the cache with the optimal weights, here and for transformers;"
+                " leave --server, --verify, --target, --policy and --strategy out"
+            )
+        made, size = _planned_with_cache(Path(profile), budget, context, batch, device), ""
+    elif batch != 1:
+        raise typer.BadParameter("--batch goes with --context; give both or neither")
+    elif server is None:
         made, size = _planned_here(Path(profile), budget, strategy, target, verify, device, policy)
     elif policy is not None:
         raise typer.BadParameter("--policy is read here and cannot go to a --server; leave one of them out")
@@ -75,6 +89,8 @@ def plan(
     print(f"one more MiB saves {made.shadow_price:.4g} nats/token")
     if made.verification is not None:
         print(describe_verification(made.verification))
+    if made.cache is not None:
+        print(describe_cache(made.cache))
     counts: dict[str, int] = {}
     for layer in made.layers.values():
         key = f"{layer.bits} bits" + (f" + rank {layer.rank}" if layer.rank else "")
@@ -150,6 +166,20 @@ def _figures(found: PlanFigures) -> tuple[str, ...]:
     )
 
 
+def describe_cache(found: PlanCache) -> str:
+    """What the cache takes and costs, in one sentence."""
+    full = max(1, sum(found.chunk_size * len(row) for group in found.groups.values() for row in group.ranks))
+    kept = sum(sum(row) for group in found.groups.values() for row in group.ranks)
+    bits = sorted({group.bits for group in found.groups.values()}, reverse=True)
+    counts = [(sum(group.bits == b for group in found.groups.values()), b) for b in bits]
+    return (
+        f"cache of {found.batch} × {found.context:,} tokens: {found.total_bytes:,} bytes, plain"
+        f" {found.plain_bytes:,}; {kept / full:.0%} of the directions, "
+        + ", ".join(f"{count} of {len(found.groups)} groups at {b} bits" for count, b in counts)
+        + f"; {found.predicted_kl:.4f} of the KL"
+    )
+
+
 def describe_verification(found: Verification) -> str:
     """What was measured, in one sentence."""
     measured = f"measured KL {found.measured_kl:.4f} ± {found.standard_error:.4f} nats/token"
@@ -159,6 +189,16 @@ def describe_verification(found: Verification) -> str:
     if found.verdict == "worse":
         return f"{measured}, {beside}: this plan loses; take a uniform one, or profile with more text"
     return f"{measured}, {beside}: {found.verdict}" + (", after a swap" if found.swapped else "")
+
+
+def _planned_with_cache(profile: Path, budget: str | None, context: int, batch: int, device: str) -> Plan:
+    from api.caches import plan_jointly
+    from api.usecases import check_planning
+    from profiler.profile import load_profile
+
+    check_planning(budget, "optimal", False, None)
+    assert budget is not None
+    return plan_jointly(load_profile(profile), budget, context, batch, progress(), device)
 
 
 def _planned_here(

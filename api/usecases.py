@@ -324,15 +324,17 @@ def execute(
     model: str | None = None,
 ) -> None:
     """Carry out a plan made from `profile`. Raises `PlanError` when the model's weights are not the plan's."""
+    from api.caches import files_of_cache
     from compressor.worker import compress
     from profiler.stream import block_works
 
+    beside = files_of_cache(plan, profile)
     loaded = original_of(plan, device, model)
     kept = {name: tensor.cpu() for name, tensor in loaded.kept_tensors()}
     output = output.resolve()
     with scratch(output.with_name(f".{output.name}.activations")) as folder:
         blocks = block_works(loaded, profile.calibration_tokens(), folder)
-        compress(plan, blocks, kept, loaded.ref.path, output, progress, len(loaded.block_names))
+        compress(plan, blocks, kept, loaded.ref.path, output, progress, len(loaded.block_names), beside)
 
 
 def original_of(plan: Plan, device: str, model: str | None) -> LoadedModel:
@@ -458,7 +460,7 @@ def scratch(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A model against its reference on one text."""
+    """A model against its reference on one text; `low_rank_cache`: read through the cache that it was planned with."""
 
     model: str
     reference: str
@@ -474,6 +476,7 @@ class Evaluation:
     reference_tokens_per_second: float
     tensor_bytes: int
     reference_tensor_bytes: int
+    low_rank_cache: bool
     samples: tuple[SamplePair, ...] = ()
 
 
@@ -523,20 +526,23 @@ def evaluate_loaded(
     progress: Progress,
     prompts: Sequence[str] = (),
 ) -> Evaluation:
+    from api.caches import cache_of
     from profiler.checkpoint import tensor_bytes
     from profiler.evaluation import live_logits, measure, tokens_per_second
     from profiler.prompts import sample_pair
 
     check_comparable(compressed, original)
-    found: Fidelity = measure(compressed.model, live_logits(original.model), tokens_NT, progress)
+    cache = cache_of(compressed)
+    found: Fidelity = measure(compressed.model, live_logits(original.model), tokens_NT, progress, cache)
     return Evaluation(
         model=compressed.ref.id,
         reference=original.ref.id,
         text=source,
         **asdict(found),
-        tokens_per_second=tokens_per_second(compressed),
+        tokens_per_second=tokens_per_second(compressed, cache=cache),
         reference_tokens_per_second=tokens_per_second(original),
         tensor_bytes=tensor_bytes(compressed.ref.path),
         reference_tensor_bytes=tensor_bytes(original.ref.path),
+        low_rank_cache=cache is not None,
         samples=tuple(sample_pair(original, compressed, prompt) for prompt in prompts),
     )

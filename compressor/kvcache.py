@@ -1,6 +1,7 @@
 """A key-value cache of low rank: chunks of every head on fixed bases, only coefficients stored.
 
-What lives here: a transformers `Cache`. Ranks come from `kvranks.py`, bases from the profiler.
+What lives here: a transformers `Cache`. Ranks come from `kvranks.py`, bases from the profiler; all of a cache but its
+contents, and its file, is in `kvlayout.py`.
 
 Letters: B sequences, H key-value heads, T tokens, d head size, c chunk size, r rank, R the sum of a layer's ranks.
 
@@ -18,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
-
-from compressor.kvranks import CoefficientBits
 
 Rotary = Callable[[int], tuple[Tensor, Tensor]]
 """T -> cosines and sines (T, n) of the positions before it, n the numbers of a head that are rotated."""
@@ -55,16 +54,14 @@ class Bases:
     def encode(self, x_BHTd: Tensor) -> Tensor:
         """Coefficients (B, T, R)."""
         chunks = x_BHTd.transpose(1, 2).flatten(2).split(len(self.blocks[0]), dim=-1)
-        return torch.cat(
-            [x_BTc @ block_cr for x_BTc, block_cr in zip(chunks, self.blocks, strict=True)], dim=-1
-        )
+        pairs = zip(chunks, self.blocks, strict=True)
+        return torch.cat([x_BTc @ block_cr.to(x_BTc.dtype) for x_BTc, block_cr in pairs], dim=-1)
 
     def decode(self, coefficient_BTR: Tensor) -> Tensor:
         """(B, H, T, d)."""
         parts = coefficient_BTR.split(self.ranks, dim=-1)
-        x_BTn = torch.cat(
-            [a_BTr @ block_cr.T for a_BTr, block_cr in zip(parts, self.blocks, strict=True)], dim=-1
-        )
+        pairs = zip(parts, self.blocks, strict=True)
+        x_BTn = torch.cat([a_BTr @ block_cr.T.to(a_BTr.dtype) for a_BTr, block_cr in pairs], dim=-1)
         return x_BTn.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
@@ -73,14 +70,16 @@ Stored = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class AsComputed:
-    """Coefficients as they are."""
+class Unrounded:
+    """Coefficients as they are, in one dtype."""
+
+    dtype: torch.dtype
 
     def encode(self, coefficient_BTR: Tensor) -> Stored:
-        return (coefficient_BTR,)
+        return (coefficient_BTR.to(self.dtype),)
 
     def decode(self, stored: Stored, dtype: torch.dtype) -> Tensor:
-        return stored[0]
+        return stored[0].to(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,18 +117,52 @@ def _apart(pairs: Tensor) -> Tensor:
     return torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2).to(torch.int8) - 8
 
 
+@dataclass(frozen=True, slots=True)
+class Projected:
+    """Keys or values as coefficients on bases. Keys are projected unrotated."""
+
+    bases: Bases
+    codec: Unrounded | Rounded
+
+    def encode(self, x_BHTd: Tensor) -> Stored:
+        return self.codec.encode(self.bases.encode(x_BHTd))
+
+    def decode(self, stored: Stored, dtype: torch.dtype) -> Tensor:
+        return self.bases.decode(self.codec.decode(stored, dtype))
+
+    def held(self) -> Sequence[Tensor]:
+        return self.bases.blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """Keys or values themselves, in one dtype; keys stay rotated."""
+
+    dtype: torch.dtype
+
+    def encode(self, x_BHTd: Tensor) -> Stored:
+        return (x_BHTd.transpose(1, 2).to(self.dtype),)
+
+    def decode(self, stored: Stored, dtype: torch.dtype) -> Tensor:
+        return stored[0].to(dtype).transpose(1, 2)
+
+    def held(self) -> Sequence[Tensor]:
+        return ()
+
+
+Side = Projected | Plain
+"""How the keys, or the values, of one layer are kept."""
+
+
 class LowRankLayer(CacheLayerMixin):
-    """One layer's cache: keys and values as coefficients."""
+    """One layer's cache."""
 
     is_croppable = True
 
-    def __init__(self, keys: Bases, values: Bases, rotary: Rotary | None, bits: CoefficientBits = 16) -> None:
+    def __init__(self, keys: Side, values: Side, rotary: Rotary | None) -> None:
         super().__init__()
-        self.bases, self.rotary = (keys, values), rotary
-        self.codecs = tuple(
-            AsComputed() if bits == 16 else Rounded(tuple(filter(None, bases.ranks)), bits)
-            for bases in self.bases
-        )
+        self.sides = keys, values
+        self.rotary = rotary if isinstance(keys, Projected) else None
         self.reset()
 
     def reset(self) -> None:
@@ -152,13 +185,12 @@ class LowRankLayer(CacheLayerMixin):
 
     def _kept(self, kind: int, x_BHTd: Tensor) -> Tensor:
         """Store new tokens of a kind; what is held of all of them."""
-        bases, codec = self.bases[kind], self.codecs[kind]
-        new = codec.encode(bases.encode(x_BHTd))
-        old = self.stored[kind]
+        side, old = self.sides[kind], self.stored[kind]
+        new = side.encode(x_BHTd)
         self.stored[kind] = (
             tuple(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True)) if old else new
         )
-        return bases.decode(codec.decode(self.stored[kind], x_BHTd.dtype))
+        return side.decode(self.stored[kind], x_BHTd.dtype)
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         self.stored = [tuple(map(change, stored)) for stored in self.stored]
@@ -187,7 +219,7 @@ class LowRankLayer(CacheLayerMixin):
         return -1
 
     def held_bytes(self) -> int:
-        held = [block for bases in self.bases for block in bases.blocks]
+        held = [block for side in self.sides for block in side.held()]
         held += [part for stored in self.stored for part in stored]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 

@@ -139,14 +139,20 @@ def preset_for(weights: int) -> str:
 def predicted_bytes(
     ranks: Ranks, tokens: int, batch: int, chunk_size: int, item_bytes: int, bits: CoefficientBits = 16
 ) -> int:
-    """Bytes that a cache of these ranks holds: bases once, coefficients for every sequence.
+    """Bytes that a cache of these ranks holds: bases once, coefficients for every sequence."""
+    groups = ranks.reshape(-1, *ranks.shape[2:])
+    return sum(group_bytes(rank_HC, tokens, batch, chunk_size, item_bytes, bits) for rank_HC in groups)
 
-    bits 16 stores coefficients as the model computes, in `item_bytes`; 8 and 4 in codes of a layer's kind, 4-bit ones
-    two to a byte, with a bfloat16 scale for each chunk that has any rank.
+
+def group_bytes(
+    rank_HC: Ranks, tokens: int, batch: int, chunk_size: int, item_bytes: int, bits: CoefficientBits
+) -> int:
+    """The same for the keys or values of one layer.
+
+    bits 16 stores coefficients in `item_bytes`, without bases where all ranks are full; 8 and 4 in codes of a layer's
+    kind, 4-bit ones two to a byte, with a bfloat16 scale for each chunk that has any rank.
     """
-    total = int(ranks.sum()) * chunk_size * item_bytes
-    for rank_HC in ranks.reshape(-1, *ranks.shape[2:]):
-        width, scales = int(rank_HC.sum()), 2 * int((rank_HC > 0).sum())
-        row = {16: width * item_bytes, 8: width + scales, 4: -(-width // 2) + scales}[bits]
-        total += tokens * batch * row
-    return total
+    width, scales = int(rank_HC.sum()), 2 * int((rank_HC > 0).sum())
+    row = {16: width * item_bytes, 8: width + scales, 4: -(-width // 2) + scales}[bits]
+    plain = bits == 16 and (rank_HC == chunk_size).all()
+    return tokens * batch * row + (0 if plain else width * chunk_size * item_bytes)

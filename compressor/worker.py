@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from compressor.linear import layer_tensors
 from compressor.plugin import FORMAT_VERSION, METHOD
 
 INDEX = "model.safetensors.index.json"
-AUXILIARY = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+AUXILIARY = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "kv_cache.bases")
 
 
 class WorkError(BitrankError):
@@ -64,11 +64,13 @@ def compress(
     output: Path,
     progress: Callable[[str, int, int], None],
     block_count: int,
+    beside: Mapping[str, bytes] = {},
 ) -> None:
     """Write the checkpoint that `plan` describes to `output`, which must not exist or be empty.
 
     kept: the tensors no option touches; source: the original directory, whose configuration and tokenizer are
-    copied. Raises `WorkError` when the output is occupied or the tensors are not the plan's.
+    copied; beside: further files, by name. Raises `WorkError` when the output is occupied or the tensors are not the
+    plan's.
     """
     check_output(output)
     if {name: t.numel() * t.element_size() for name, t in kept.items()} != plan.kept:
@@ -86,6 +88,8 @@ def compress(
         if not is_finished(shard, digest):
             write_shard(shard, compress_block(plan, block.layers()), digest)
         progress("compressing", block.index + 1, block_count)
+    for name, data in beside.items():
+        write_atomically(partial / name, data)
     finish(partial, shards, source, quantization_config(plan), plan.total_bytes)
     put_in_place(partial, output)
 

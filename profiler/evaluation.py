@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from profiler.calibration import Progress, silent
 from profiler.layers import LoadedModel, check_finite
@@ -39,6 +40,7 @@ class Fidelity:
     tokens: int
 
 
+EmptyCache = Callable[[], Cache]
 Reference = Callable[[int, Tensor], Iterator[Iterable[Tensor]]]
 """The original model's logits for the windows (N, T) that start at an index: of each window in turn all positions but
 the last, in pieces (`COMPARED`, V)."""
@@ -89,16 +91,18 @@ def compare(
     tokens_NT: Tensor,
     progress: Progress = silent,
     batch: int = BATCH,
+    cache: EmptyCache | None = None,
 ) -> Tensor:
     """Of every window (N, 5) float64: KL, loss, reference loss, cosine, agreement, each a mean over its tokens.
 
-    batch: windows run at once; their logits are held twice.
+    batch: windows run at once; their logits are held twice. cache: what the model reads its own keys and values from.
     """
     device = next(model.parameters()).device
     rows = []
     for first in range(0, len(tokens_NT), batch):
         batch_NT = tokens_NT[first : first + batch].to(device)
-        logits_NTV = model(batch_NT, use_cache=False).logits.float()
+        past = cache() if cache else None
+        logits_NTV = model(batch_NT, past_key_values=past, use_cache=past is not None).logits.float()
         rows += [
             _compare(logits_TV[:-1], window, tokens_T[1:])
             for logits_TV, window, tokens_T in zip(
@@ -110,10 +114,14 @@ def compare(
 
 
 def measure(
-    model: nn.Module, reference: Reference, tokens_NT: Tensor, progress: Progress = silent
+    model: nn.Module,
+    reference: Reference,
+    tokens_NT: Tensor,
+    progress: Progress = silent,
+    cache: EmptyCache | None = None,
 ) -> Fidelity:
     """Compare a model with its reference on the same windows, int64 (N, T)."""
-    window_N5 = compare(model, reference, tokens_NT, progress)
+    window_N5 = compare(model, reference, tokens_NT, progress, cache=cache)
     kl, nll, reference_nll, cosine, agreement = window_N5.mean(dim=0).tolist()
     spread = window_N5[:, 0].std().item() / len(window_N5) ** 0.5 if len(window_N5) > 1 else float("nan")
     return Fidelity(
@@ -161,10 +169,10 @@ def window_divergences(logits_NTV: Tensor, reference: Iterable[Iterable[Tensor]]
 
 
 @torch.inference_mode()
-def tokens_per_second(loaded: LoadedModel, new_tokens: int = 24) -> float:
+def tokens_per_second(loaded: LoadedModel, new_tokens: int = 24, cache: EmptyCache | None = None) -> float:
     """Decoding speed at batch 1, after one step of warm-up."""
     ids = torch.zeros(1, 8, dtype=torch.int64, device=loaded.device)
-    output = loaded.model(ids, use_cache=True)
+    output = loaded.model(ids, past_key_values=cache() if cache else None, use_cache=True)
     started = time.perf_counter()
     for _ in range(new_tokens):
         token = output.logits[:, -1:].argmax(-1)

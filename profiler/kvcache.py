@@ -13,9 +13,8 @@ Letters as in `compressor/kvcache.py`, and N windows, L layers, K two kinds (key
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from compressor.kvcache import Bases, LowRankCache, LowRankLayer, Rotary, unrotated
+from compressor.kvcache import LowRankCache, Rotary, unrotated
+from compressor.kvlayout import CacheLayout, rotary_of, side_of
 from compressor.kvranks import CacheError, CoefficientBits, Ranks, adaptive, check_chunks, check_ranks
 from profiler.calibration import Progress, silent
 from profiler.evaluation import BATCH, Reference, stored_logits, window_divergences
@@ -55,25 +55,26 @@ class KeysAndValues:
     def chunk_size(self) -> int:
         return self.energy_LKHCc.shape[-1]
 
+    def layout(
+        self, ranks: Ranks, bits: CoefficientBits = 16, dtype: torch.dtype | None = None
+    ) -> CacheLayout:
+        """Caches of these ranks, bases and unrounded coefficients in the model's dtype if none is given.
+
+        Raises `CacheError`.
+        """
+        check_ranks(ranks, self.chunk_size)
+        sides = [
+            tuple(
+                side_of(vector_HCcc, rank_HC, bits, dtype or self.dtype)
+                for vector_HCcc, rank_HC in zip(vector_KHCcc, rank_KHC, strict=True)
+            )
+            for vector_KHCcc, rank_KHC in zip(self.vector_LKHCcc, ranks, strict=True)
+        ]
+        return CacheLayout(tuple((keys, values) for keys, values in sides), self.rotary)
+
     def cache(self, ranks: Ranks, bits: CoefficientBits = 16) -> LowRankCache:
         """An empty cache of these ranks. Raises `CacheError`."""
-        check_ranks(ranks, self.chunk_size)
-        layers = []
-        for rank_KHC, vector_KHCcc in zip(ranks, self.vector_LKHCcc, strict=True):
-            keys, values = (
-                Bases(
-                    tuple(
-                        vector_cc[:, :rank].to(self.dtype).contiguous()
-                        for vector_cc, rank in zip(
-                            vector_HCcc.flatten(0, 1), rank_HC.ravel().tolist(), strict=True
-                        )
-                    ),
-                    len(vector_HCcc),
-                )
-                for rank_HC, vector_HCcc in zip(rank_KHC, vector_KHCcc, strict=True)
-            )
-            layers.append(LowRankLayer(keys, values, self.rotary, bits))
-        return LowRankCache(layers)
+        return self.layout(ranks, bits).empty()
 
     def tails(self, ranks: Ranks) -> NDArray[np.float64]:
         """(L, K): the energy that these ranks cut, over heads and chunks."""
@@ -82,12 +83,16 @@ class KeysAndValues:
         return np.asarray(cut.sum(axis=(2, 3, 4)))
 
 
-class _Recorder(DynamicLayer):
-    """A plain cache that adds up the second moments of what it is given."""
+See = Callable[[Tensor], Tensor]
+"""(K, B, H, T, d) of one layer, keys unrotated -> what is to be known of them."""
 
-    def __init__(self, rotary: Rotary | None) -> None:
+
+class _Recorder(DynamicLayer):
+    """A plain cache that keeps what is to be known of all it is given at once."""
+
+    def __init__(self, rotary: Rotary | None, see: See) -> None:
         super().__init__()
-        self.rotary, self.moment_KHdd = rotary, torch.zeros(())
+        self.rotary, self.see, self.seen = rotary, see, torch.zeros(())
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *arguments: Any, **keywords: Any
@@ -95,13 +100,32 @@ class _Recorder(DynamicLayer):
         plain_BHTd = key_states
         if self.rotary is not None:
             plain_BHTd = unrotated(key_states, *self.rotary(key_states.shape[2]))
-        self.moment_KHdd = torch.stack(
-            [torch.einsum("bhti,bhtj->hij", x.double(), x.double()) for x in (plain_BHTd, value_states)]
-        )
+        self.seen = self.see(torch.stack([plain_BHTd, value_states]))
         return super().update(key_states, value_states, *arguments, **keywords)
 
 
 @torch.no_grad()
+def seen_in(
+    loaded: LoadedModel, tokens_NT: Tensor, rotary: Rotary | None, see: Sequence[See], progress: Progress
+) -> Tensor:
+    """(L, …): what every layer's `see` gives, summed over the windows."""
+    total = torch.zeros(())
+    for done, tokens_T in enumerate(tokens_NT, start=1):
+        recorders = [_Recorder(rotary, of_layer) for of_layer in see]
+        loaded.model(
+            tokens_T[None].to(loaded.device), past_key_values=Cache(layers=recorders), use_cache=True
+        )
+        total = total + torch.stack([recorder.seen for recorder in recorders]).cpu()
+        progress("keys and values", done, len(tokens_NT))
+    return total
+
+
+def _second_moments(x_KBHTd: Tensor) -> Tensor:
+    """(K, H, d, d), float64."""
+    x_KBHTd = x_KBHTd.double()
+    return torch.einsum("kbhti,kbhtj->khij", x_KBHTd, x_KBHTd)
+
+
 def keys_and_values(
     loaded: LoadedModel, tokens_NT: Tensor, chunk_size: int, progress: Progress = silent
 ) -> KeysAndValues:
@@ -109,14 +133,8 @@ def keys_and_values(
 
     Raises `CacheError` for chunks that do not divide a head, and for caches of another kind.
     """
-    rotary, total_LKHdd = rotary_of(loaded), torch.zeros(())
-    for done, tokens_T in enumerate(tokens_NT, start=1):
-        recorders = [_Recorder(rotary) for _ in range(check_attention(loaded))]
-        loaded.model(
-            tokens_T[None].to(loaded.device), past_key_values=Cache(layers=recorders), use_cache=True
-        )
-        total_LKHdd = total_LKHdd + torch.stack([recorder.moment_KHdd for recorder in recorders]).cpu()
-        progress("keys and values", done, len(tokens_NT))
+    rotary, layers = rotary_of(loaded.model), check_attention(loaded)
+    total_LKHdd = seen_in(loaded, tokens_NT, rotary, [_second_moments] * layers, progress)
     chunks = check_chunks(total_LKHdd.shape[-1], chunk_size)
     blocks = total_LKHdd.unflatten(-1, (chunks, chunk_size)).unflatten(-3, (chunks, chunk_size))
     moment_LKHCcc = torch.stack([blocks[..., c, :, c, :] for c in range(chunks)], dim=3) / tokens_NT.numel()
@@ -139,36 +157,6 @@ def check_attention(loaded: LoadedModel) -> int:
             " only full attention is"
         )
     return len(loaded.block_names)
-
-
-def rotary_of(loaded: LoadedModel) -> Rotary | None:
-    """Angles by position, or None for a model whose keys are not rotated.
-
-    Raises `CacheError` where angles depend on the length of the text, or where neighbours are turned together and not
-    halves: keys could not be rotated again as they were.
-    """
-    found = [module for module in loaded.model.modules() if hasattr(module, "inv_freq")]
-    if not found:
-        return None
-    module: Callable[..., tuple[Tensor, Tensor]] = found[0]
-    kind = getattr(module, "rope_type", "default")
-    if kind in ("dynamic", "longrope"):
-        raise CacheError(
-            f"{loaded.ref.id} turns keys by angles that change with the length ({kind}); not supported"
-        )
-
-    @lru_cache(maxsize=1)  # every layer asks for the same
-    def angles(tokens: int) -> tuple[Tensor, Tensor]:
-        position_1T = torch.arange(tokens, device=loaded.device)[None]
-        cosine_1Tn, sine_1Tn = module(torch.zeros(1, device=loaded.device), position_1T)
-        return cosine_1Tn[0], sine_1Tn[0]
-
-    first, second = angles(2)[0].chunk(2, dim=-1)
-    if not torch.equal(first, second):
-        raise CacheError(
-            f"{loaded.ref.id} turns neighbouring numbers of a key together; only halves are supported"
-        )
-    return angles
 
 
 @torch.no_grad()

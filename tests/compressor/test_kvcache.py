@@ -10,7 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor.kvcache import Bases, LowRankCache, LowRankLayer, rotated, unrotated
+from compressor.kvcache import (
+    Bases,
+    LowRankCache,
+    LowRankLayer,
+    Plain,
+    Projected,
+    Side,
+    rotated,
+    unrotated,
+)
+from compressor.kvlayout import codec_of, side_of
 from compressor.kvranks import (
     CacheError,
     adaptive,
@@ -41,13 +51,13 @@ def angles(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 def layer_of(ranks: np.ndarray, bits: int = 16) -> LowRankLayer:
     generator = torch.Generator().manual_seed(0)
 
-    def bases(rank_HC: np.ndarray) -> Bases:
+    def side(rank_HC: np.ndarray) -> Side:
         square = torch.linalg.qr(torch.randn(rank_HC.size, CHUNK, CHUNK, generator=generator)).Q
-        return Bases(
-            tuple(q[:, :r].contiguous() for q, r in zip(square, rank_HC.ravel(), strict=True)), HEADS
-        )
+        blocks = tuple(q[:, :r].contiguous() for q, r in zip(square, rank_HC.ravel(), strict=True))
+        bases = Bases(blocks, HEADS)
+        return Projected(bases, codec_of(bases, bits, torch.float32))
 
-    return LowRankLayer(bases(ranks[0, 0]), bases(ranks[0, 1]), angles, bits)
+    return LowRankLayer(side(ranks[0, 0]), side(ranks[0, 1]), angles)
 
 
 def keys_and_values(normal: MakeTensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +91,7 @@ def test_token_by_token_is_as_all_at_once(normal: MakeTensor, bits: int) -> None
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("rank_HC", [[[1, 2], [3, 4]], [[0, 3], [0, 0]], [[4, 4], [4, 4]], [[0, 0], [0, 0]]])
+@pytest.mark.parametrize("rank_HC", [[[1, 2], [3, 4]], [[0, 3], [0, 0]], [[4, 4], [4, 3]], [[0, 0], [0, 0]]])
 def test_the_bytes_held_are_the_bytes_predicted(
     normal: MakeTensor, bits: int, rank_HC: list[list[int]]
 ) -> None:
@@ -89,6 +99,19 @@ def test_the_bytes_held_are_the_bytes_predicted(
     layer = layer_of(ranks, bits)
     layer.update(*keys_and_values(normal))
     assert LowRankCache([layer]).held_bytes() == predicted_bytes(ranks, TOKENS, 3, CHUNK, 4, bits)
+
+
+def test_full_ranks_that_are_not_rounded_are_stored_plainly(normal: MakeTensor) -> None:
+    key_BHTd, value_BHTd = keys_and_values(normal)
+    full_HC, vector_HCcc = np.full((HEADS, 2), CHUNK), torch.eye(CHUNK).expand(HEADS, 2, CHUNK, CHUNK)
+    plain = side_of(vector_HCcc, full_HC, 16, torch.bfloat16)
+    assert plain == Plain(torch.bfloat16)
+    assert isinstance(side_of(vector_HCcc, full_HC, 8, torch.bfloat16), Projected)
+    layer = LowRankLayer(plain, plain, angles)
+    for found, put in zip(layer.update(key_BHTd, value_BHTd), (key_BHTd, value_BHTd), strict=True):
+        assert torch.equal(found, put.bfloat16().float())
+    assert layer.held_bytes() == predicted_bytes(np.full(SHAPE, CHUNK), TOKENS, 3, CHUNK, 2)
+    assert layer.held_bytes() == 2 * 3 * HEADS * TOKENS * HEAD * 2
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
