@@ -1,4 +1,5 @@
-"""`bitrank fidelity`, `spectrum`, `cliff` and `quality`: studies of one model, as tables and JSON, most with a page."""
+"""`bitrank fidelity`, `spectrum`, `cliff`, `quality` and `downstream`: studies of one model, as tables and JSON, most
+with a page."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from profiler.companion import Companion, GroupCliff, Spectrum
     from profiler.estimate import Estimate
+    from profiler.goodhart import TaskAgreement
     from profiler.ushape import Shape
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -25,7 +27,7 @@ Text = Annotated[Path | None, typer.Option(help="UTF-8 text to measure on.")]
 
 
 def register(app: typer.Typer) -> None:
-    for command in (fidelity, spectrum, cliff, quality):
+    for command in (fidelity, spectrum, cliff, quality, downstream):
         app.command()(command)
 
 
@@ -221,6 +223,78 @@ def _ratios(text: str, option: str = "--ratios") -> tuple[float, ...]:
     if not all(0 < ratio < 1 for ratio in ratios):
         raise typer.BadParameter(f"{option} must lie between 0 and 1; the full rank loses nothing")
     return ratios
+
+
+def downstream(
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A directory `bitrank profile` wrote.")],
+    plans: Annotated[
+        list[str] | None,
+        typer.Argument(help="Budgets like 3.3bpw, and strategies like uniform:3; nine if absent."),
+    ] = None,
+    tasks: Annotated[
+        Path | None, typer.Option(help="Folder of lm-evaluation-harness task files, with local data.")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Run this task of the folder; all if absent.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to make two tasks of, without --tasks.")
+    ] = None,
+    documents: Annotated[int, typer.Option(min=2, help="Most documents of a task.")] = 400,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file to write.")] = None,
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Set KL and perplexity of plans against their accuracy on tasks, and say where they part."""
+    import json
+
+    from allocator.atomic import write_atomically
+    from api.cli import print_json, strict
+    from api.downstream import PLANS, document_of, measure_downstream
+    from api.progress import progress
+    from profiler.profile import load_profile
+
+    loaded = load_profile(profile)
+    found = measure_downstream(loaded, plans or PLANS, tasks, task or (), text, documents, progress(), device)
+    document = document_of(loaded, found)
+    if output is not None:
+        write_atomically(output, (json.dumps(strict(document), indent=1) + "\n").encode())
+    if json_output:
+        return print_json(document)
+    names = [agreement.task for agreement in found.tasks]
+    _table(
+        ("plan", "bpw", "KL", "perplexity", *names),
+        (
+            (
+                row.plan,
+                f"{row.bits_per_weight:.2f}",
+                f"{row.kl_nats:.4f}",
+                f"{row.perplexity:.3f}",
+                *(f"{row.scores[name]:.3f} ± {row.errors[name]:.3f}" for name in names),
+            )
+            for row in sorted(found.plans, key=lambda row: row.kl_nats)
+        ),
+    )
+    for agreement in (found.text, *found.tasks):
+        print(_agreement_sentence(agreement))
+
+
+def _agreement_sentence(found: TaskAgreement) -> str:
+    by_kl, by_perplexity = (
+        "undefined" if value is None else f"{value:.3f}"
+        for value in (found.kl_correlation, found.perplexity_correlation)
+    )
+    sentence = (
+        f"{found.task}: rank correlation with KL {by_kl}, with perplexity {by_perplexity}; over {found.documents}"
+        f" documents {found.clear_pairs} of {found.pairs} pairs of plans are told apart"
+    )
+    if not found.partings:
+        return f"{sentence}, all in the order of KL"
+    parted = "; ".join(
+        f"{p.preferred} over {p.less_kl} by {p.difference:.3f} ± {p.standard_error:.3f}"
+        for p in found.partings
+    )
+    return f"{sentence}, {len(found.partings)} against KL: {parted}"
 
 
 def _finish(document: Companion, output: Path | None, json_output: bool) -> None:
