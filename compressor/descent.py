@@ -1,12 +1,13 @@
-"""Coordinate descent on codes: after GPTQ, every code moved to where the others, as they now stand, would have it.
+"""Coordinate descent: after GPTQ, every code and scale moved to where the others, as they now stand, would have it.
 
-What lives here: the passes over the columns. Their compiled innermost parts are in `gptq_numba.py` for a CPU and in
-`gptq_triton.py` for CUDA; grids and first codes come from `gptq.py`.
+What lives here: the passes over the columns. The compiled innermost parts of those that move codes are in
+`gptq_numba.py` for a CPU and in `gptq_triton.py` for CUDA; grids and first codes come from `gptq.py`.
 
 GPTQ rounds a column trusting that later columns will make its error good; when the last is rounded, earlier ones would
 often choose otherwise. With H damped as for GPTQ, E = W − Q and G = E H, the best value of column i, all else fixed,
 is q_i + g_i / h_ii, and rounding it to the grid can only lower tr(E H Eᵀ), row by row (Behdin et al., QuantEase, arXiv
-2309.01885). Grids stay, and so do the bytes.
+2309.01885). So it is with the scale of a group whose levels, code − zero, are l: the best adds (g l) / (lᵀ H l) to it.
+Zero points stay, and so do the bytes.
 
 Letters as in `gptq.py`: P problems, O rows, I columns, R = P·O, S slots of 32 columns, C columns of a block. G is taken
 anew for every pass; within a pass a change is spread over later columns only, in halves, as GPTQ spreads its errors.
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from allocator.storage import ceil_div
@@ -26,33 +28,44 @@ from compressor.gptq import FUSED, LEAF, damped_diagonal, in_halves, maximum_cod
 from compressor.grid import Quantized
 from compressor.precision import tensor_cores
 
-PASSES = 2
+PASSES = 3
+TINY = 1e-30
 
 
 def descended(
     w_POI: Tensor, quantized: Sequence[Quantized], hessian_II: Tensor, passes: int = PASSES
 ) -> list[Quantized]:
-    """The same grids with better codes: no row's error under the damped H grows.
+    """Better codes and scales: no row's error under the damped H grows.
 
-    w (P, O, I) and H (I, I) float32; every quantized matrix (O, I), its group size a multiple of 32.
+    w (P, O, I) and H (I, I) float32; every quantized matrix (O, I), in groups of 32, 64 or 128.
     """
     problems, rows, columns = w_POI.shape
     state = _State.of(w_POI, quantized, hessian_II)
-    for _ in range(passes):
+    for later in range(passes):
+        if later:
+            _rescale(state)
         _descend(state)
     code_POI = state.code_IR.T.reshape(problems, rows, columns)
-    return [replace(q, code_OI=code_OI) for q, code_OI in zip(quantized, code_POI, strict=True)]
+    scale_PSO = state.scale_SR.view(-1, problems, rows).transpose(0, 1)
+    return [
+        replace(q, code_OI=code_OI, scale_OG=scale_SO[:: q.group_size // LEAF].T.bfloat16().contiguous())
+        for q, code_OI, scale_SO in zip(quantized, code_POI, scale_PSO, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """error E, pull G, what a pass changed of Q, the codes, and the scales of each 32 columns; damping is diag H's."""
+    """error E, pull G, what a pass changed of Q, the codes, and of each 32 columns the scales and zeros.
+
+    span is the number of slots in a group; damping is diag H's."""
 
     error_IR: Tensor
     pull_IR: Tensor
     change_IR: Tensor
     code_IR: Tensor
     scale_SR: Tensor
+    zero_SR: Tensor
+    span_R: Tensor
     hessian_II: Tensor
     diagonal_I: Tensor
     damping_I: Tensor
@@ -71,6 +84,10 @@ class _State:
             torch.empty_like(error_IR),
             torch.cat([q.code_OI.T for q in quantized], dim=1),
             torch.cat([_by_slot(q.scale_OG, q.group_size, slots) for q in quantized], dim=1),
+            torch.cat([_by_slot(q.zero_OG, q.group_size, slots) for q in quantized], dim=1),
+            torch.tensor([q.group_size // LEAF for q in quantized], device=error_IR.device).repeat_interleave(
+                w_POI.shape[1]
+            ),
             hessian_II,
             diagonal_I.float(),
             (diagonal_I - hessian_II.diagonal()).float(),
@@ -78,13 +95,13 @@ class _State:
         )
 
 
-def _by_slot(scale_OG: Tensor, group_size: int, slots: int) -> Tensor:
-    """(S, O): scales, float32, repeated for every 32 columns."""
-    return scale_OG.T.float().repeat_interleave(group_size // LEAF, dim=0)[:slots]
+def _by_slot(value_OG: Tensor, group_size: int, slots: int) -> Tensor:
+    """(S, O): scales or zeros, float32, repeated for every 32 columns."""
+    return value_OG.T.float().repeat_interleave(group_size // LEAF, dim=0)[:slots]
 
 
 def _descend(state: _State) -> None:
-    """One pass over all columns."""
+    """One pass over all codes."""
     descend_block = _kernel(state.error_IR.device.type)
 
     def visit(start: int, end: int) -> None:
@@ -99,6 +116,17 @@ def _descend(state: _State) -> None:
             state.maximum_P,
         )
 
+    _pass_over(state, visit)
+
+
+def _rescale(state: _State) -> None:
+    """One pass over all scales."""
+    _pass_over(state, lambda start, end: _rescale_block(state, start, end))
+
+
+def _pass_over(state: _State, visit: Callable[[int, int], None]) -> None:
+    """Visit all columns, a block at a time, with G as it stands there; a visit says what it changed of Q."""
+
     def spread(start: int, middle: int, end: int) -> None:
         with tensor_cores():
             state.pull_IR[middle:end].addmm_(
@@ -110,6 +138,59 @@ def _descend(state: _State) -> None:
     state.pull_IR.addcmul_(state.error_IR, state.damping_I[:, None])
     in_halves(visit, spread, FUSED, 0, len(state.error_IR))
     state.error_IR.sub_(state.change_IR)
+
+
+def _rescale_block(state: _State, start: int, end: int) -> None:
+    """Move the scales of a block's groups where that lowers the error of the row."""
+    block, slots = slice(start, end), slice(start // LEAF, ceil_div(end, LEAF))
+    hessian_CC = state.hessian_II[block, block] + torch.diag(state.damping_I[block])
+    level_CR = state.code_IR[block] - _by_column(state.zero_SR[slots], end - start)
+    pull_SR = _slot_sums(state.pull_IR[block] * level_CR)
+    scale_SR = rescaled(state.scale_SR[slots], pull_SR, _crossed(level_CR, hessian_CC), state.span_R)
+    grown_CR = _by_column(scale_SR - state.scale_SR[slots], end - start)
+    torch.mul(level_CR, grown_CR, out=state.change_IR[block])
+    state.scale_SR[slots] = scale_SR
+
+
+def _crossed(level_CR: Tensor, hessian_CC: Tensor) -> Tensor:
+    """m (S, S, R): l_sᵀ H l_t, l_s the levels in slot s."""
+    slots = ceil_div(len(level_CR), LEAF)
+    cross_SSR = level_CR.new_empty(slots, slots, level_CR.shape[1])
+    for slot in range(slots):
+        columns, later = slice(LEAF * slot, LEAF * (slot + 1)), slice(LEAF * slot, None)
+        onto_SR = _slot_sums((hessian_CC[later, columns] @ level_CR[columns]).mul_(level_CR[later]))
+        cross_SSR[slot, slot:] = cross_SSR[slot:, slot] = onto_SR
+    return cross_SSR
+
+
+def rescaled(scale_SR: Tensor, pull_SR: Tensor, cross_SSR: Tensor, span_R: Tensor) -> Tensor:
+    """Better scales of groups of `span` slots, one group of a row after the other, all that begin at a slot at once.
+
+    pull: g_s = G · l_s, cross: m_st = l_sᵀ H l_t. A scale that grows by δ gains δ (2 g − δ m), sums over its slots.
+    """
+    scale_SR, pull_SR = scale_SR.clone(), pull_SR.clone()
+    place_S1 = torch.arange(len(scale_SR), device=scale_SR.device)[:, None]
+    for first in range(len(scale_SR)):
+        begins_R = first % span_R == 0
+        weight_SR = ((place_S1 // span_R == first // span_R) & begins_R).float()
+        onto_SR = torch.einsum("sr,str->tr", weight_SR, cross_SSR)
+        curve_R, slope_R = (onto_SR * weight_SR).sum(dim=0), (pull_SR * weight_SR).sum(dim=0)
+        wanted_R = scale_SR[first] + slope_R / curve_R.clamp(min=TINY)
+        step_R = wanted_R.bfloat16().float() - scale_SR[first]
+        better_R = (step_R * (2 * slope_R - step_R * curve_R) > 0) & (wanted_R > TINY)
+        step_R = torch.where(better_R, step_R, 0.0)
+        scale_SR += step_R * weight_SR
+        pull_SR -= step_R * onto_SR
+    return scale_SR
+
+
+def _by_column(value_SR: Tensor, columns: int) -> Tensor:
+    return value_SR.repeat_interleave(LEAF, dim=0)[:columns]
+
+
+def _slot_sums(value_CR: Tensor) -> Tensor:
+    """(S, R)."""
+    return F.pad(value_CR, (0, 0, 0, -len(value_CR) % LEAF)).view(-1, LEAF, value_CR.shape[1]).sum(dim=1)
 
 
 def _kernel(device: str) -> Callable[..., None]:

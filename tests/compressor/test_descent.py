@@ -1,4 +1,4 @@
-"""Coordinate descent on codes: never a worse row, and at rest where no single code could be better."""
+"""Coordinate descent: never a worse row, and at rest where no single code or scale could be better."""
 
 from __future__ import annotations
 
@@ -37,15 +37,18 @@ def problems(
 
 
 @pytest.mark.parametrize("columns", [31, 128, 300])
-@pytest.mark.parametrize("passes", [1, 2])
-def test_no_row_is_worse_and_the_grids_are_as_they_were(
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_no_row_is_worse_and_the_zeros_are_as_they_were(
     normal: MakeTensor, correlated: MakeTensor, columns: int, passes: int
 ) -> None:
     w_POI, first, hessian_II = problems(normal, correlated, columns)
     for w_OI, before, after in zip(w_POI, first, descended(w_POI, first, hessian_II, passes), strict=True):
         worst, found_O = row_errors(w_OI, before, hessian_II), row_errors(w_OI, after, hessian_II)
         assert (found_O <= worst * (1 + 1e-5) + 1e-9).all()
-        assert torch.equal(before.scale_OG, after.scale_OG) and torch.equal(before.zero_OG, after.zero_OG)
+        assert torch.equal(before.zero_OG, after.zero_OG)
+        if passes == 1 or after.bits < 8:
+            assert torch.equal(before.scale_OG, after.scale_OG) == (passes == 1)
+        assert after.scale_OG.shape == before.scale_OG.shape and (after.scale_OG > 0).all()
         assert int(after.code_OI.max()) < 2**after.bits
 
 
@@ -57,28 +60,46 @@ def test_after_gptq_it_takes_several_percent_off(
     first = gptq(w_OI[None], inverse_factor(hessian_II), [bits], [64])
     (after,) = descended(w_OI[None], first, hessian_II)
     gained = row_errors(w_OI, after, hessian_II).sum() / row_errors(w_OI, first[0], hessian_II).sum()
-    assert gained < 0.95
+    assert gained < 0.9
 
 
-def test_where_it_comes_to_rest_no_single_code_could_be_better(
-    normal: MakeTensor, correlated: MakeTensor
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_where_it_comes_to_rest_no_single_code_or_scale_could_be_better(
+    normal: MakeTensor, correlated: MakeTensor, group_size: int
 ) -> None:
-    w_OI, hessian_II = normal(4, 64), correlated(64)
-    first = gptq(w_OI[None], inverse_factor(hessian_II), [3], [32])
-    (found,) = descended(w_OI[None], first, hessian_II, passes=30)
+    w_OI, hessian_II = normal(4, 128), correlated(128)
+    first = gptq(w_OI[None], inverse_factor(hessian_II), [3], [group_size])
+    (found,) = descended(w_OI[None], first, hessian_II, passes=60)
     least_O = row_errors(w_OI, found, hessian_II)
-    for column in range(64):
+    for column in range(128):
         for step in (-1, 1):
             code_OI = found.code_OI.clone()
             code_OI[:, column] = (code_OI[:, column].int() + step).clamp(0, 7)
             moved_O = row_errors(w_OI, replace(found, code_OI=code_OI), hessian_II)
             assert (moved_O >= least_O * (1 - 1e-5)).all()
+    for group in range(128 // group_size):
+        for factor in (1 - 2**-7, 1 + 2**-7):
+            scale_OG = found.scale_OG.clone()
+            scale_OG[:, group] *= factor
+            moved_O = row_errors(w_OI, replace(found, scale_OG=scale_OG), hessian_II)
+            assert (moved_O >= least_O * (1 - 1e-4)).all()
+
+
+def test_one_group_gets_the_scale_of_least_squares(normal: MakeTensor, correlated: MakeTensor) -> None:
+    w_OI, hessian_II = normal(6, 64), correlated(64)
+    (first,) = gptq(w_OI[None], inverse_factor(hessian_II), [3], [64])
+    (found,) = descended(w_OI[None], [first], hessian_II, passes=2)
+    (codes,) = descended(w_OI[None], [first], hessian_II, passes=1)
+    level_OI = (codes.code_OI.int() - codes.zero_OG.int()).double()
+    pulled_OI = level_OI @ damped(hessian_II)
+    best_O = (pulled_OI * w_OI.double()).sum(1) / (pulled_OI * level_OI).sum(1)
+    assert torch.allclose(found.scale_OG[:, 0].double(), best_O, rtol=2**-8)
 
 
 def test_under_a_diagonal_hessian_nearest_codes_stay(normal: MakeTensor) -> None:
     w_OI = normal(8, 100)
     first = round_to_nearest(w_OI, 4, 32)
-    (found,) = descended(w_OI[None], [first], torch.diag(torch.linspace(0.1, 3, 100)))
+    (found,) = descended(w_OI[None], [first], torch.diag(torch.linspace(0.1, 3, 100)), passes=1)
     assert torch.equal(found.code_OI, first.code_OI)
 
 
