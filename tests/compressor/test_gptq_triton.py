@@ -72,6 +72,8 @@ def test_in_the_interpreter_descent_finds_the_same_codes(
     for peer, ours, before in zip(descended(w_POI, first, hessian_II), found, first, strict=True):
         assert (peer.code_OI != ours.code_OI).float().mean() < 0.01
         assert (before.code_OI != ours.code_OI).float().mean() > 0.01
+        assert (peer.scale_OG != ours.scale_OG).float().mean() < 0.02
+        assert (before.scale_OG != ours.scale_OG).float().mean() > 0.2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
