@@ -349,13 +349,15 @@ def evaluate(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens to measure on.")] = 32_768,
     prompt: Annotated[list[str] | None, typer.Option(help="Continue this text with both models.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="UTF-8 file with a prompt on every line.")] = None,
     device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
     """Measure how far a compressed model is from its original."""
-    from api.usecases import evaluate_model
+    from api.usecases import evaluate_model, read_prompts
 
-    found = evaluate_model(model, reference, text, tokens, progress(), prompt or (), device)
+    asked = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())]
+    found = evaluate_model(model, reference, text, tokens, progress(), asked, device)
     if json_output:
         return print_json(_dicts([found])[0])
     print(f"KL {found.kl_nats:.5f} ± {found.kl_standard_error:.5f} nats/token over {found.tokens:,} tokens")

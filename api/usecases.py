@@ -508,6 +508,19 @@ def evaluate_model(
     )
 
 
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a UTF-8 file that hold anything. Raises `BitrankError` where it cannot be read or has none."""
+    try:
+        found = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BitrankError(
+            f"cannot read prompts from {path} ({error}); give UTF-8 text, one on every line"
+        ) from error
+    if not found:
+        raise BitrankError(f"{path} has no prompt; write one on every line")
+    return found
+
+
 def check_comparable(compressed: LoadedModel, original: LoadedModel) -> None:
     """Raise `BitrankError` for models of different vocabularies."""
     vocabularies = [m.model.config.get_text_config().vocab_size for m in (compressed, original)]

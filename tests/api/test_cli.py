@@ -215,7 +215,9 @@ def test_compress_writes_the_bytes_that_the_plan_says(bitrank: CommandLine, road
 
 def test_evaluate_answers_with_the_agreed_keys(bitrank: CommandLine, road: Road) -> None:
     arguments = ("evaluate", road.checkpoint, "--reference", road.model, "--text", road.text)
-    found = answer(bitrank, *arguments, "--tokens", "512", "--prompt", "In the beginning")
+    (bitrank.folder / "prompts.txt").write_text("There was\n\n")
+    prompts = ("--prompt", "In the beginning", "--prompts", "prompts.txt")
+    found = answer(bitrank, *arguments, "--tokens", "512", *prompts)
     assert 0 < found["kl_nats"] < 10
     assert found["perplexity"] > 1
     assert found["reference_perplexity"] > 1
@@ -223,7 +225,7 @@ def test_evaluate_answers_with_the_agreed_keys(bitrank: CommandLine, road: Road)
     assert 0 <= found["top1_agreement"] < 1
     assert found["tokens_per_second"] > 0
     assert found["tensor_bytes"] == json.loads(road.plan.read_text())["total_bytes"]
-    assert found["samples"][0]["prompt"] == "In the beginning"
+    assert [sample["prompt"] for sample in found["samples"]] == ["In the beginning", "There was"]
 
 
 def test_a_model_does_not_differ_from_itself(bitrank: CommandLine, road: Road) -> None:
