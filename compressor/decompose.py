@@ -10,6 +10,10 @@ L·R the best low-rank part of W itself, which is at its fixed point after one. 
 win, and that can be foretold: GPTQ's output error is Σ d_i e_oi² over its rounding errors, d the pivots of H (QuIP,
 arXiv 2307.13304), and those are as large as the range of their group.
 
+A third start is for inputs of which a few directions hold much of H, as outlier channels do: L can make good any error
+of Q along the rows of R, so Q is rounded under what is left of H without them. It is foretold in the same way, and
+tried where it promises something.
+
 Both end with coordinate descent on the codes of Q (`descent.py`), which alternation starts without: from codes that it
 has bent to W alone, factors find less.
 
@@ -19,6 +23,7 @@ One product by S a round gives the error, tr((W − Q − LR) H (W − Q − LR)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,13 +32,14 @@ from torch import Tensor
 from allocator.errors import BitrankError
 from allocator.storage import KEEP_BITS, Option
 from compressor.descent import descended
-from compressor.gptq import gptq, inverse_factor
+from compressor.gptq import SingularHessianError, gptq, inverse_factor
 from compressor.grid import Quantized, group_ranges, grouped
 from compressor.lowrank import (
     Factors,
     dense,
     factorize,
     leading_directions,
+    orthonormal,
     sharpened,
     square_root,
     through,
@@ -42,6 +48,10 @@ from compressor.precision import tensor_cores
 
 ROUNDS = 4
 LEAST_GAIN = 0.01
+ABSORBING_ROUNDS = 2
+LEAST_ABSORBED = 0.15
+WORTH_ABSORBING = 1.1
+"""Error foretold of the third start, over the least so far, up to which it is tried."""
 MAXIMUM_ELEMENTS = 6_000_000
 """Weights in flight at once, over all problems of a batch; each takes some 40 bytes of working memory."""
 
@@ -61,6 +71,20 @@ class Curvature:
     @classmethod
     def of(cls, hessian_II: Tensor) -> Curvature:
         return cls(hessian_II.float(), square_root(hessian_II), inverse_factor(hessian_II))
+
+    def without(self, right_rI: Tensor) -> Curvature | None:
+        """Down-dated: H − HRᵀ(RHRᵀ)⁻¹RH, which an error that a multiple of R can make good does not feel.
+
+        None where R takes less than `LEAST_ABSORBED` of the trace, or leaves nothing that can be factored.
+        """
+        reach_Ir = self.root_II @ orthonormal(through(right_rI, self.root_II).T[None])[0]
+        if reach_Ir.square().sum() < LEAST_ABSORBED * self.hessian_II.diagonal().sum():
+            return None
+        hessian_II = self.hessian_II - reach_Ir @ reach_Ir.T
+        hessian_II.diagonal().clamp_(min=0)
+        with suppress(SingularHessianError):
+            return replace(self, hessian_II=hessian_II, factor_II=inverse_factor(hessian_II))
+        return None
 
     def pivots(self) -> Tensor:
         """d (I,): H = L diag(d) Lᵀ with unit triangular L; what an error costs after later columns made it good."""
@@ -193,6 +217,8 @@ def _alternate(
         _refit(again, curvature)
         _requantize(again, curvature)
         _consider(again, curvature)
+    for search in searches:
+        _absorb(search, curvature)
     _polish(searches, curvature)
     return searches
 
@@ -287,6 +313,16 @@ class _Search:
         with tensor_cores():
             return torch.addmm(self.weighted_OI, left_Or, weighted_right_rI, alpha=-1).square_().sum()
 
+    @property
+    def best_factors(self) -> Factors:
+        assert self.best.factors is not None
+        return self.best.factors
+
+    def foretold(self, rest: Curvature, curvature: Curvature) -> float:
+        """Error that Q of W is to leave under a down-dated H, by the ranges and the pivots."""
+        w_OI = self.problem.weight_OI
+        return (self.plain_error * self.ranges(w_OI, rest) / self.ranges(w_OI, curvature)).item()
+
     def ranges(self, w_OI: Tensor, curvature: Curvature) -> Tensor:
         """The squared ranges of all groups, each times the pivots of its columns."""
         pivot_1G = grouped(curvature.pivots()[None], self.option.group_size).sum(dim=2)
@@ -310,6 +346,18 @@ def _restarted(searches: Sequence[_Search], starts: _Starts, curvature: Curvatur
             search.factors, search.direction_Or = part.factors, part.direction_Or
             again.append(search)
     return again
+
+
+def _absorb(search: _Search, curvature: Curvature) -> None:
+    """The third start: Q of W under H down-dated by R, then factors of what that left, and once more with the new R."""
+    for _ in range(ABSORBING_ROUNDS):
+        rest = curvature.without(dense(search.best_factors.right_rI))
+        if rest is None or search.foretold(rest, curvature) > WORTH_ABSORBING * search.least:
+            return
+        (quantized,) = _gptq([search.problem.weight_OI], [search.problem], rest)
+        search.stand_on(quantized, curvature)
+        search.direction_Or = leading_directions(search.weighted_OI[None], search.option.rank)[0]
+        _refit([search], curvature)
 
 
 def worth_trying(bits: int) -> float:

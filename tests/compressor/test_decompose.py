@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from allocator.storage import Option
+from compressor import decompose as decompose_module
 from compressor.decompose import Curvature, Decomposition, RankError, decompose, squared_error
 
 MakeTensor = Callable[..., Tensor]
@@ -121,3 +122,46 @@ def test_full_rank_with_wide_factors_is_nearly_exact(normal: MakeTensor, correla
     w_OI, hessian_II = normal(16, 64), correlated(64)
     (error,) = carry_out(w_OI, hessian_II, [Option(0, 16, 0, 16)])
     assert error < 1e-4 * squared_error(w_OI, w_OI * 0, hessian_II)
+
+
+def outlying(correlated: MakeTensor, columns: int, channels: int) -> Tensor:
+    """A Hessian of inputs of which a few channels are thirty times the others."""
+    scale_I = torch.ones(columns)
+    scale_I[:channels] = 30
+    return correlated(columns) * scale_I[:, None] * scale_I
+
+
+def test_a_down_dated_hessian_does_not_feel_multiples_of_r(
+    normal: MakeTensor, correlated: MakeTensor
+) -> None:
+    curvature = Curvature.of(outlying(correlated, 96, 4))
+    right_rI = normal(6, 96)
+    right_rI[:4, :4] += 30 * torch.eye(4)
+    rest = curvature.without(right_rI)
+    assert rest is not None
+    before, after = (
+        torch.linalg.vector_norm(right_rI @ h_II) for h_II in (curvature.hessian_II, rest.hessian_II)
+    )
+    assert after < 1e-5 * before
+    least = torch.linalg.eigvalsh(rest.hessian_II.double()).min()
+    assert least > -1e-5 * curvature.hessian_II.diagonal().sum()
+
+
+def test_rows_that_hold_little_of_the_hessian_are_not_taken_out(normal: MakeTensor) -> None:
+    assert Curvature.of(torch.eye(96)).without(normal(4, 96)) is None
+
+
+@pytest.mark.parametrize(("bits", "factor_bits"), [(2, 4), (2, 8), (3, 8), (2, 16)])
+def test_where_few_channels_hold_most_of_the_hessian_taking_them_out_pays(
+    normal: MakeTensor,
+    correlated: MakeTensor,
+    bits: int,
+    factor_bits: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    w_OI, hessian_II = normal(96, 128), outlying(correlated, 128, 6)
+    option = Option(bits, 16, 64, factor_bits)
+    (with_it,) = carry_out(w_OI, hessian_II, [option])
+    monkeypatch.setattr(decompose_module, "ABSORBING_ROUNDS", 0)
+    (without,) = carry_out(w_OI, hessian_II, [option])
+    assert with_it < 0.85 * without
