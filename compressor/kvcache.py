@@ -55,13 +55,13 @@ class Bases:
         """Coefficients (B, T, R)."""
         chunks = x_BHTd.transpose(1, 2).flatten(2).split(len(self.blocks[0]), dim=-1)
         pairs = zip(chunks, self.blocks, strict=True)
-        return torch.cat([x_BTc @ block_cr.to(x_BTc.dtype) for x_BTc, block_cr in pairs], dim=-1)
+        return torch.cat([x_BTc @ block_cr.to(x_BTc) for x_BTc, block_cr in pairs], dim=-1)
 
     def decode(self, coefficient_BTR: Tensor) -> Tensor:
         """(B, H, T, d)."""
         parts = coefficient_BTR.split(self.ranks, dim=-1)
         pairs = zip(parts, self.blocks, strict=True)
-        x_BTn = torch.cat([a_BTr @ block_cr.T.to(a_BTr.dtype) for a_BTr, block_cr in pairs], dim=-1)
+        x_BTn = torch.cat([a_BTr @ block_cr.T.to(a_BTr) for a_BTr, block_cr in pairs], dim=-1)
         return x_BTn.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
