@@ -7,7 +7,7 @@ What lives here: the closed form, the regression that corrects it, which options
 
 K_bg is the mean squared error of a searched grid on standard normal numbers. d_i are the pivots of H = L D Lᵀ: GPTQ's
 output error is exactly Σ_oi d_i e_oi², e its rounding errors (QuIP, arXiv 2307.13304, Theorem 1), of which descent
-takes some 8 %. τ(r) is the share of a plain option's output error beyond its r leading directions, all that rank r
+takes some 10 %. τ(r) is the share of a plain option's output error beyond its r leading directions, all that rank r
 could leave. φ bends this: f = 4^(2 − b) fades as the grid grows finer, s = 1 where there are factors, whose rounding
 costs and whose alternation gains.
 
@@ -37,7 +37,7 @@ from profiler.gain import CONFIDENCE
 from profiler.measurement import Measurement
 
 Floats = NDArray[np.float64]
-PRIOR_MEAN = np.array([-0.08, 0.07, -0.08, 0.24, -0.02, 0.25])
+PRIOR_MEAN = np.array([-0.10, 0.06, -0.09, 0.27, -0.02, 0.22])
 PRIOR_SPREAD = np.array([0.05, 0.1, 0.1, 0.2, 0.06, 0.13])
 NOISE = 0.02
 """Spread of a log error about the form."""
