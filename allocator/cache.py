@@ -53,15 +53,25 @@ class CacheMenu:
     def smallest_bytes(self) -> int:
         return sum(int(group.total_bytes.min()) for group in self.groups)
 
+    def problem(self, budget_bytes: int) -> Problem:
+        """The knapsack of the cache by itself."""
+        counts = [len(group.options) for group in self.groups]
+        return Problem(
+            cost=np.concatenate([group.cost for group in self.groups]),
+            size=np.concatenate([group.total_bytes for group in self.groups]),
+            start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            budget_bytes=budget_bytes,
+        )
+
 
 def joint_problem(menu: Menu, cache: CacheMenu, total_bytes: int) -> Problem:
     """The knapsack in which checkpoint and cache together may take `total_bytes`: layers first, then cache groups."""
     weights = menu.problem(total_bytes)
-    counts = [len(group.options) for group in cache.groups]
+    cached = cache.problem(weights.budget_bytes)
     return Problem(
-        cost=np.concatenate([weights.cost, *(group.cost for group in cache.groups)]),
-        size=np.concatenate([weights.size, *(group.total_bytes for group in cache.groups)]),
-        start=np.concatenate([weights.start, weights.start[-1] + np.cumsum(counts)]).astype(np.int64),
+        cost=np.concatenate([weights.cost, cached.cost]),
+        size=np.concatenate([weights.size, cached.size]),
+        start=np.concatenate([weights.start, weights.start[-1] + cached.start[1:]]),
         budget_bytes=weights.budget_bytes,
     )
 

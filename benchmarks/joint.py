@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from allocator.cache import CacheMenu, joint_bytes, joint_problem, parse_joint_budget
+from allocator.cache import CacheMenu, joint_bytes, joint_problem, parse_joint_budget, planned_cache
 from allocator.knapsack import solve
-from allocator.problem import Floats, Integers, Menu, Problem
+from allocator.problem import Floats, Integers, Menu
 from api.caches import cache_profile
 from api.progress import progress
-from compressor.kvlayout import DTYPE, CacheLayout, rotary_of, side_of
+from compressor.kvlayout import FILE, CacheLayout, layout_file, load_layout
 from profiler.calibration import text_tokens
 from profiler.checkpoint import find_model
 from profiler.evaluation import compare, stored_logits
@@ -47,17 +47,6 @@ class Split:
     predicted_kl: float
 
 
-def alone(cache: CacheMenu, budget_bytes: int) -> Problem:
-    """The knapsack of the cache by itself."""
-    counts = [len(group.options) for group in cache.groups]
-    return Problem(
-        cost=np.concatenate([group.cost for group in cache.groups]),
-        size=np.concatenate([group.total_bytes for group in cache.groups]),
-        start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        budget_bytes=budget_bytes,
-    )
-
-
 def splits(menu: Menu, cache: CacheMenu, total: int) -> list[Split]:
     """The joint optimum, then the hand-made splits."""
     problem = joint_problem(menu, cache, total)
@@ -78,7 +67,7 @@ def splits(menu: Menu, cache: CacheMenu, total: int) -> list[Split]:
     most = min(cache.plain_bytes, total - menu.smallest_bytes)
     for share in np.linspace(0, 1, SPLITS):
         size = round(least + share * (most - least))
-        cached, weights = solve(alone(cache, size)), solve(menu.problem(total - size))
+        cached, weights = solve(cache.problem(size)), solve(menu.problem(total - size))
         found.append(
             Split(
                 f"{size / total:.0%} to the cache",
@@ -93,11 +82,10 @@ def splits(menu: Menu, cache: CacheMenu, total: int) -> list[Split]:
 
 
 def layout_of(profile: CacheProfile, menu: CacheMenu, cached: Integers, loaded: LoadedModel) -> CacheLayout:
-    bases, sides = profile.bases.to(loaded.device), []
-    for place, (group, index) in enumerate(zip(menu.groups, cached.tolist(), strict=True)):
-        option = group.options[index]
-        sides.append(side_of(bases[place // 2, place % 2], np.array(option.ranks), option.bits, DTYPE))  # type: ignore[arg-type]
-    return CacheLayout(tuple(zip(sides[::2], sides[1::2], strict=True)), rotary_of(loaded.model))
+    """The cache as a checkpoint carries it."""
+    with TemporaryDirectory() as folder:
+        (Path(folder) / FILE).write_bytes(layout_file(planned_cache(menu, cached), profile.bases))
+        return load_layout(Path(folder), loaded.model)
 
 
 @torch.no_grad()

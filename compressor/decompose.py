@@ -318,10 +318,10 @@ class _Search:
         assert self.best.factors is not None
         return self.best.factors
 
-    def foretold(self, rest: Curvature, curvature: Curvature) -> float:
-        """Error that Q of W is to leave under a down-dated H, by the ranges and the pivots."""
-        w_OI = self.problem.weight_OI
-        return (self.plain_error * self.ranges(w_OI, rest) / self.ranges(w_OI, curvature)).item()
+    def foretold(self, target_OI: Tensor, rest: Curvature, curvature: Curvature) -> Tensor:
+        """Error that Q of another matrix is to leave under another H, by ranges and pivots, from what Q of W left."""
+        at_first = self.ranges(self.problem.weight_OI, curvature)
+        return self.plain_error * self.ranges(target_OI, rest) / at_first
 
     def ranges(self, w_OI: Tensor, curvature: Curvature) -> Tensor:
         """The squared ranges of all groups, each times the pivots of its columns."""
@@ -333,9 +333,7 @@ def _restarted(searches: Sequence[_Search], starts: _Starts, curvature: Curvatur
     """Searches where Q of W − LR, L·R the best low-rank part of W, may leave the least error; they take up that L·R."""
     foretold = torch.stack(
         [
-            s.plain_error
-            * s.ranges(s.problem.weight_OI - starts.part(s.problem).factors.product(), curvature)
-            / s.ranges(s.problem.weight_OI, curvature)
+            s.foretold(s.problem.weight_OI - starts.part(s.problem).factors.product(), curvature, curvature)
             for s in searches
         ]
     )
@@ -351,10 +349,10 @@ def _restarted(searches: Sequence[_Search], starts: _Starts, curvature: Curvatur
 def _absorb(search: _Search, curvature: Curvature) -> None:
     """The third start: Q of W under H down-dated by R, then factors of what that left, and once more with the new R."""
     for _ in range(ABSORBING_ROUNDS):
-        rest = curvature.without(dense(search.best_factors.right_rI))
-        if rest is None or search.foretold(rest, curvature) > WORTH_ABSORBING * search.least:
+        w_OI, rest = search.problem.weight_OI, curvature.without(dense(search.best_factors.right_rI))
+        if rest is None or search.foretold(w_OI, rest, curvature).item() > WORTH_ABSORBING * search.least:
             return
-        (quantized,) = _gptq([search.problem.weight_OI], [search.problem], rest)
+        (quantized,) = _gptq([w_OI], [search.problem], rest)
         search.stand_on(quantized, curvature)
         search.direction_Or = leading_directions(search.weighted_OI[None], search.option.rank)[0]
         _refit([search], curvature)

@@ -3,7 +3,7 @@
 What lives here: how every layer keeps its keys and values, and `kv_cache.bases`. The cache is `kvcache.py`.
 
 The file has a tensor `LAYER.k|v.HEAD.CHUNK` (c, r) for every basis that has a rank, and in its metadata, as JSON under
-`kv_cache`, the version, the chunk size, the dtype and every group's bits and ranks.
+`kv_cache`, the version, the chunk size and every group's bits and ranks.
 
 Letters as in `kvcache.py`, and C chunks of a head.
 """
@@ -35,7 +35,7 @@ from compressor.kvcache import (
     Side,
     Unrounded,
 )
-from compressor.kvranks import KINDS, CacheError, CoefficientBits, Ranks
+from compressor.kvranks import KINDS, CacheError, CoefficientBits, Ranks, stored_plainly
 from compressor.worker import with_metadata
 
 FILE = "kv_cache.bases"
@@ -59,7 +59,7 @@ class CacheLayout:
 
 def side_of(vector_HCcc: Tensor, rank_HC: Ranks, bits: CoefficientBits, dtype: torch.dtype) -> Side:
     """Chunks projected on their leading vectors, given in columns; full ranks that are not rounded need no bases."""
-    if bits == 16 and (rank_HC == vector_HCcc.shape[-1]).all():
+    if stored_plainly(rank_HC, bits, vector_HCcc.shape[-1]):
         return Plain(dtype)
     bases = bases_of(vector_HCcc, rank_HC, dtype)
     return Projected(bases, codec_of(bases, bits, dtype))
@@ -81,7 +81,7 @@ def layout_file(planned: PlanCache, vector_LKHCcc: Tensor) -> bytes:
     for name, group in planned.groups.items():
         layer, kind = name.split(".")
         vector_HCcc = vector_LKHCcc[int(layer), KINDS.index(kind)]
-        if isinstance(side_of(vector_HCcc, np.array(group.ranks), _bits(group.bits), DTYPE), Plain):
+        if stored_plainly(np.array(group.ranks), group.bits, planned.chunk_size):
             continue
         for head, chunk in np.ndindex(*np.shape(group.ranks)):
             basis_cr = vector_HCcc[head, chunk, :, : group.ranks[head][chunk]]
@@ -133,7 +133,7 @@ def _bits(bits: int) -> CoefficientBits:
 
 def _side(name: str, group: Mapping[str, object], chunk_size: int, tensors: Mapping[str, Tensor]) -> Side:
     ranks, bits = np.array(group["ranks"], dtype=np.int64), _bits(int(str(group["bits"])))
-    if bits == 16 and (ranks == chunk_size).all():
+    if stored_plainly(ranks, bits, chunk_size):
         return Plain(DTYPE)
     nothing_c0 = torch.empty(chunk_size, 0, dtype=DTYPE)
     blocks = tuple(

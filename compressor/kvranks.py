@@ -154,5 +154,10 @@ def group_bytes(
     """
     width, scales = int(rank_HC.sum()), 2 * int((rank_HC > 0).sum())
     row = {16: width * item_bytes, 8: width + scales, 4: -(-width // 2) + scales}[bits]
-    plain = bits == 16 and (rank_HC == chunk_size).all()
+    plain = stored_plainly(rank_HC, bits, chunk_size)
     return tokens * batch * row + (0 if plain else width * chunk_size * item_bytes)
+
+
+def stored_plainly(rank_HC: Ranks, bits: int, chunk_size: int) -> bool:
+    """Whether one layer's keys or values need no bases: nothing is cut and nothing is rounded."""
+    return bits == 16 and bool((rank_HC == chunk_size).all())

@@ -30,29 +30,18 @@ CONTEXT_WORDS, CONTINUATION_WORDS, CHOICES = 30, 8, 4
 METRICS = ("acc", "acc_norm", "exact_match")
 """Scores of a document that are taken, the first that a task reports."""
 FEWEST_DOCUMENTS = 20
-CLOZE = """\
-task: cloze
+TASK = """\
+task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
-output_type: multiple_choice
 test_split: test
 doc_to_text: "{{{{context}}}}"
-doc_to_choice: choices
-doc_to_target: answer
 target_delimiter: ""
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+{rest}
 """
-LAST_WORD = """\
-task: last_word
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-output_type: loglikelihood
-test_split: test
-doc_to_text: "{{{{context}}}}"
-doc_to_target: " {{{{word}}}}"
-target_delimiter: ""
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-"""
+CLOZE = "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: answer"
+LAST_WORD = 'output_type: loglikelihood\ndoc_to_target: " {{word}}"'
 
 
 class TaskError(BitrankError):
@@ -99,10 +88,12 @@ def make_tasks(loaded: LoadedModel, path: Path, folder: Path, documents: int, se
         choices = [*others[:answer], endings[own], *others[answer:]]
         cloze.append({"context": " ".join(passage[:CONTEXT_WORDS]), "choices": choices, "answer": answer})
         last.append({"context": " ".join(passage[:size]), "word": passage[size]})
-    for name, template, rows in (("cloze", CLOZE, cloze), ("last_word", LAST_WORD, last)):
+    for name, rest, rows in (("cloze", CLOZE, cloze), ("last_word", LAST_WORD, last)):
         data = folder.resolve() / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        (folder / f"{name}.yaml").write_text(template.format(data=json.dumps(str(data))), encoding="utf-8")
+        (folder / f"{name}.yaml").write_text(
+            TASK.format(name=name, data=json.dumps(str(data)), rest=rest), encoding="utf-8"
+        )
     return Tasks(folder, ("cloze", "last_word"))
 
 
