@@ -160,10 +160,11 @@ def in_halves(
     leaf: int,
     start: int,
     end: int,
+    spread_back: Callable[[int, int, int], None] | None = None,
 ) -> None:
-    """Visit columns start to end, `leaf` at a time; after a half, spread what changed in it over the other half.
+    """Visit columns start to end, `leaf` at a time, and spread what changed: of each half over the other.
 
-    spread is given where the first half starts, where the second does, and where that ends.
+    Both ways to spread are given where the first half starts, where the second does, and where that ends.
     """
     if end - start <= leaf:
         visit(start, end)
@@ -171,9 +172,11 @@ def in_halves(
     middle = start + leaf
     while 2 * (middle - start) < end - start:
         middle = start + 2 * (middle - start)
-    in_halves(visit, spread, leaf, start, middle)
+    in_halves(visit, spread, leaf, start, middle, spread_back)
     spread(start, middle, end)
-    in_halves(visit, spread, leaf, middle, end)
+    in_halves(visit, spread, leaf, middle, end, spread_back)
+    if spread_back:
+        spread_back(start, middle, end)
 
 
 def _round_halves(state: _State, round_leaf: Callable[[_State, int, int], None], leaf: int) -> None:

@@ -290,7 +290,7 @@ def describe(settings: ProfileSettings) -> dict[str, Any]:
         "tokens": settings.tokens,
         "seed": settings.seed,
         "rounds": settings.rounds,
-        "descent": PASSES,
+        "descent": f"{PASSES} passes, scales before codes",
         "adaptive": settings.adaptive,
     }
 
