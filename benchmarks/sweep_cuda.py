@@ -4,6 +4,9 @@
 folder and profiles its blocks with the default grid. The floor of the sweep is its operations at the rate of a large
 product: GPTQ's I²·O for every option and round, and as much again, twice, for every error measured; and its bytes,
 every weight read once for each option. The finishing stage (probes and studies) is not run.
+
+`--cards N` has N processes, each with a card of its own, sweep the blocks of one run from the folder that they share;
+the time is that from when all have opened the model to when the last block is done.
 """
 
 from __future__ import annotations
@@ -13,19 +16,23 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing as multiprocessing
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 import compressor.decompose as decompose
 from api.cli import peak_memory_bytes
 from api.progress import progress
+from profiler.calibration import Progress, silent
 from profiler.checkpoint import find_model
 from profiler.run import (
     DEFAULT_TOKENS,
+    ProfileRun,
     ProfileSettings,
     begin_profile,
     open_run,
@@ -94,12 +101,52 @@ def product_rate(tf32: bool) -> float:
     return 5 * 2 * 8192**3 / (time.perf_counter() - started)
 
 
+def sweep(run: ProfileRun, blocks: range, report: Progress) -> tuple[float, int]:
+    """Seconds and the most bytes held on the card."""
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    for index in blocks:
+        sweep_block(run, index, report)
+    torch.cuda.synchronize()
+    return time.perf_counter() - started, torch.cuda.max_memory_allocated()
+
+
+def sweep_by_many(folder: Path, settings: ProfileSettings, cards: int) -> tuple[float, int]:
+    """As `sweep`, of the slowest card and of the fullest."""
+    context = multiprocessing.get_context("spawn")
+    ready, found = context.Barrier(cards), context.SimpleQueue()
+    processes = [
+        context.Process(target=sweep_share, args=(card, cards, folder, settings, ready, found))
+        for card in range(cards)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit("a card's process failed")
+    seconds, held = zip(*(found.get() for _ in processes), strict=True)
+    return max(seconds), max(held)
+
+
+def sweep_share(
+    card: int, cards: int, folder: Path, settings: ProfileSettings, ready: Any, found: Any
+) -> None:
+    """Every `cards`-th block, on a card of its own."""
+    device = f"cuda:{card}"
+    torch.cuda.set_device(device)
+    run = open_run(find_model(str(folder / "model")), folder / "profile", replace(settings, device=device))
+    ready.wait()
+    found.put(sweep(run, range(card, run.block_count, cards), silent))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("shape", choices=("llama-3-8b", "qwen2-1.5b"))
     parser.add_argument("--blocks", type=int, help="fewer blocks than the model has")
     parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS)
     parser.add_argument("--inside", action="store_true", help="time GPTQ, low rank and errors apart; slower")
+    parser.add_argument("--cards", type=int, default=1, help="cards that share the sweep")
     parser.add_argument("--adaptive", action="store_true", help="as `bitrank profile --adaptive`")
     arguments = parser.parse_args()
     config = config_of(arguments.shape, arguments.blocks)
@@ -127,27 +174,25 @@ def profile(config: PretrainedConfig, folder: Path, arguments: argparse.Namespac
     begin_profile(run, report)
     print(f"  gradients              {report.seconds['gradients']:8.1f} s", flush=True)
     print(f"  peak on the card       {torch.cuda.max_memory_allocated() / GIB:8.1f} GiB", flush=True)
-    torch.cuda.reset_peak_memory_stats()
     seconds: Counter[str] = Counter()
     if arguments.inside:
         for inner in ("gptq", "factorize", "leading_directions", "sharpened", "through", "row_errors"):
             timed(inner, seconds)
-    started = time.perf_counter()
-    for index in range(run.block_count):
-        sweep_block(run, index, report)
-    torch.cuda.synchronize()
-    sweep = time.perf_counter() - started
+    if arguments.cards == 1:
+        spent, held = sweep(run, range(run.block_count), report)
+    else:
+        spent, held = sweep_by_many(folder, settings, arguments.cards)
     weights = sum(layer.weights for layer in run.loaded.layers)
     sweeps = [read_sweep(run.layer_file(layer), layer) for layer in run.loaded.layers]
-    options = sum(not m.half_width for swept in sweeps for m in swept.measurements)
+    options = sum(not m.half_width for found in sweeps for m in found.measurements)
     read = sum(len(run.grid.options(layer)) * layer.weights * 4 for layer in run.loaded.layers)
     print(
-        f"  sweep                  {sweep:8.1f} s: {options} options of {weights / 1e9:.2f} G weights",
+        f"  sweep                  {spent:8.1f} s: {options} options of {weights / 1e9:.2f} G weights",
         flush=True,
     )
-    for inner, spent in seconds.items():
-        print(f"    {inner:21} {spent:8.1f} s")
-    print(f"  peak on the card       {torch.cuda.max_memory_allocated() / GIB:8.1f} GiB")
+    for inner, inside in seconds.items():
+        print(f"    {inner:21} {inside:8.1f} s")
+    print(f"  peak on the card       {held / GIB:8.1f} GiB")
     print(f"  peak of the process    {peak_memory_bytes() / GIB:8.1f} GiB")
     rates = {kind: product_rate(kind == "TF32") for kind in ("float32", "TF32")}
     once = sum(
