@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from allocator.storage import FACTOR_GROUP_SIZE, KEEP_BITS, Option, ceil_div
 from compressor.decompose import Decomposition
 from compressor.grid import Quantized
+from compressor.incoherence import restored, rotated
 from compressor.packing import pack, unpack, words
 
 TILE = 2**24
@@ -59,7 +60,7 @@ def layer_tensors(decomposition: Decomposition) -> dict[str, Tensor]:
 
 
 class CompressedLinear(nn.Module):
-    """y = x·Qᵀ + (x·Rᵀ)·Lᵀ + bias, with Q, L and R stored packed.
+    """y = x·Qᵀ + (x·Rᵀ)·Lᵀ + bias, with Q, L and R stored packed; of V·x in place of x where the option is rotated.
 
     Takes the place of `nn.Linear` (and of GPT-2's `Conv1D`) with `columns` inputs and `rows` outputs.
     """
@@ -122,14 +123,14 @@ class CompressedLinear(nn.Module):
         return self._dense(name, width) if self._is_quantized(name) else getattr(self, name).float()
 
     def dense_weight(self) -> Tensor:
-        """Q + L·R, float32 (O, I)."""
+        """Q + L·R as it acts on x, float32 (O, I)."""
         weight_OI = torch.zeros(self.out_features, self.in_features)
         if self.option.bits:
             weight_OI = self._dense("weight", self.in_features)
         if self.option.rank:
             left_rO = self._factor(left_name(self.option), self.out_features)
             weight_OI = weight_OI + left_rO.T @ self._factor("right", self.in_features)
-        return weight_OI
+        return restored(weight_OI) if self.option.rotated else weight_OI
 
     def prepare(self) -> None:
         """Unpack the zero points once, which the decode kernel reads; the state dict stays as it is stored."""
@@ -139,6 +140,8 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, I) -> (…, O), in the dtype of x. One token on CUDA is left to `matvec_triton.py`."""
+        if self.option.rotated:
+            x = rotated(x)
         output = self._decode(x) if self._is_decoding(x) else self._multiply(x)
         return output if self.bias is None else output + self.bias.to(x.dtype)
 
