@@ -8,7 +8,7 @@ R = H·diag(s) turns a block, H the orthonormal Hadamard matrix of b numbers, s 
 two that divides n, at most 128 (384 = 3 × 128): one small product serves all blocks, and larger ones gain nothing. The
 signs are fixed for ever by SHAKE-256, so they take no bytes.
 
-Letters: n inputs, b numbers of a block, m = n / b blocks.
+Letters: n inputs, b numbers of a block, m = n / b blocks, N blocks of all vectors.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def rotated(x: Tensor) -> Tensor:
     block = block_size(x.shape[-1])
     if block == 1:
         return x
-    x_mb = x.unflatten(-1, (block, -1)).mT
-    return (x_mb @ rotation(block, x.device, x.dtype).T).flatten(-2)
+    x_Nb = x.reshape(-1, block, x.shape[-1] // block).mT.reshape(-1, block)
+    return (x_Nb @ rotation(block, x.device, x.dtype).T).view(x.shape)
 
 
 def restored(x: Tensor) -> Tensor:
@@ -44,8 +44,8 @@ def restored(x: Tensor) -> Tensor:
     block = block_size(x.shape[-1])
     if block == 1:
         return x
-    x_mb = x.unflatten(-1, (-1, block))
-    return (x_mb @ rotation(block, x.device, x.dtype)).mT.flatten(-2)
+    x_Nb = x.reshape(-1, block) @ rotation(block, x.device, x.dtype)
+    return x_Nb.view(-1, x.shape[-1] // block, block).mT.reshape(x.shape)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
