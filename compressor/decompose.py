@@ -38,7 +38,7 @@ from allocator.storage import KEEP_BITS, Option
 from compressor.descent import descended
 from compressor.gptq import SingularHessianError, gptq, inverse_factor
 from compressor.grid import Quantized, group_ranges, grouped
-from compressor.incoherence import restored, rotated
+from compressor.incoherence import restored, rotated, rotation
 from compressor.lowrank import (
     Factors,
     dense,
@@ -80,7 +80,7 @@ class Curvature:
     @cached_property
     def rotated(self) -> Curvature:
         """Of rotated inputs: V H Vᵀ."""
-        return Curvature.of(rotated(rotated(self.hessian_II).T))
+        return Curvature.of(_turned(_turned(self.hessian_II).T))
 
     def without(self, right_rI: Tensor) -> Curvature | None:
         """Down-dated: H − HRᵀ(RHRᵀ)⁻¹RH, which an error that a multiple of R can make good does not feel.
@@ -114,7 +114,14 @@ class Decomposition:
         parts = [part.dequantize() for part in [self.quantized] if part is not None]
         parts += [part.product() for part in [self.factors] if part is not None]
         whole_OI = sum(parts[1:], parts[0])
-        return restored(whole_OI) if self.option.rotated else whole_OI
+        if not self.option.rotated:
+            return whole_OI
+        return restored(whole_OI, rotation(whole_OI.shape[1], whole_OI.device))
+
+
+def _turned(w_OI: Tensor) -> Tensor:
+    """W Vᵀ: what W is to rotated inputs."""
+    return rotated(w_OI, rotation(w_OI.shape[1], w_OI.device))
 
 
 def row_errors(w_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor) -> Tensor:
@@ -153,7 +160,7 @@ def decompose(
     batch = max(1, elements // (rows * columns))
     yield from _solved([p for p in problems if not p.option.rotated], curvature, rounds, batch)
     if turned := [p for p in problems if p.option.rotated]:
-        weight_of = {id(p.weight_OI): rotated(p.weight_OI) for p in turned}
+        weight_of = {id(p.weight_OI): _turned(p.weight_OI) for p in turned}
         turned = [replace(p, weight_OI=weight_of[id(p.weight_OI)]) for p in turned]
         yield from _solved(turned, curvature.rotated, rounds, batch)
 

@@ -25,40 +25,36 @@ LEAST_MIXED = 8
 
 
 def block_size(size: int) -> int:
-    """b; 1 where vectors of `size` are left as they are."""
-    block = min(size & -size, MOST_MIXED)
-    return block if block >= LEAST_MIXED else 1
+    """b of vectors of `size`."""
+    return min(size & -size, MOST_MIXED)
 
 
-def rotated(x: Tensor) -> Tensor:
-    """V·x for x (…, n), in its dtype."""
-    block = block_size(x.shape[-1])
-    if block == 1:
-        return x
-    x_Nb = x.reshape(-1, block, x.shape[-1] // block).mT.reshape(-1, block)
-    return (x_Nb @ rotation(block, x.device, x.dtype).T).view(x.shape)
-
-
-def restored(x: Tensor) -> Tensor:
-    """Vᵀ·x for x (…, n), in its dtype."""
-    block = block_size(x.shape[-1])
-    if block == 1:
-        return x
-    x_Nb = x.reshape(-1, block) @ rotation(block, x.device, x.dtype)
-    return x_Nb.view(-1, x.shape[-1] // block, block).mT.reshape(x.shape)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def rotation(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """R (b, b)."""
-    return _rotation(size, device, dtype)
+def is_mixing(size: int) -> bool:
+    """Whether rotating vectors of `size` can be worth it."""
+    return block_size(size) >= LEAST_MIXED
 
 
 @lru_cache
-def _rotation(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def rotation(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """R (b, b) of vectors of `size`."""
+    block = block_size(size)
     with torch.inference_mode(False):
-        signs_b = torch.tensor([1.0 - 2 * (byte & 1) for byte in shake_256(b"bitrank").digest(size)])
+        signs_b = torch.tensor([1.0 - 2 * (byte & 1) for byte in shake_256(b"bitrank").digest(block)])
         h_bb = torch.ones(1, 1)
-        while len(h_bb) < size:
+        while len(h_bb) < block:
             h_bb = torch.cat([torch.cat([h_bb, h_bb], 1), torch.cat([h_bb, -h_bb], 1)])
-        return (h_bb * signs_b / size**0.5).to(device, dtype)
+        return (h_bb * signs_b / block**0.5).to(device, dtype)
+
+
+def rotated(x: Tensor, rotation_bb: Tensor) -> Tensor:
+    """V·x for x (…, n)."""
+    block = len(rotation_bb)
+    x_Nb = x.reshape(-1, block, x.shape[-1] // block).mT.reshape(-1, block)
+    return (x_Nb @ rotation_bb.T).view(x.shape)
+
+
+def restored(x: Tensor, rotation_bb: Tensor) -> Tensor:
+    """Vᵀ·x for x (…, n)."""
+    block = len(rotation_bb)
+    x_Nb = x.reshape(-1, block) @ rotation_bb
+    return x_Nb.view(-1, x.shape[-1] // block, block).mT.reshape(x.shape)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from allocator.storage import FACTOR_GROUP_SIZE, KEEP_BITS, Option, ceil_div
 from compressor.decompose import Decomposition
 from compressor.grid import Quantized
-from compressor.incoherence import restored, rotated
+from compressor.incoherence import restored, rotated, rotation
 from compressor.packing import pack, unpack, words
 
 TILE = 2**24
@@ -130,18 +130,29 @@ class CompressedLinear(nn.Module):
         if self.option.rank:
             left_rO = self._factor(left_name(self.option), self.out_features)
             weight_OI = weight_OI + left_rO.T @ self._factor("right", self.in_features)
-        return restored(weight_OI) if self.option.rotated else weight_OI
+        return restored(weight_OI, self.rotation(weight_OI)) if self.option.rotated else weight_OI
+
+    def rotation(self, x: Tensor) -> Tensor:
+        """What turns the inputs, in the dtype of x, made here unless `prepare` did."""
+        ready_bb = self._buffers.get("rotation_bb")
+        return rotation(self.in_features, x.device, x.dtype) if ready_bb is None else ready_bb.to(x.dtype)
 
     def prepare(self) -> None:
-        """Unpack the zero points once, which the decode kernel reads; the state dict stays as it is stored."""
+        """Unpack the zero points once, which the decode kernel reads, and make the rotation, which a compiler cannot.
+
+        The state dict stays as it is stored.
+        """
         for name in ("weight", "left", "right"):
             if self._is_quantized(name):
                 self.register_buffer(f"{name}_zero_OG", self.zero_points(name), persistent=False)
+        if self.option.rotated:
+            device = next(self.parameters()).device
+            self.register_buffer("rotation_bb", rotation(self.in_features, device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, I) -> (…, O), in the dtype of x. One token on CUDA is left to `matvec_triton.py`."""
         if self.option.rotated:
-            x = rotated(x)
+            x = rotated(x, self.rotation(x))
         output = self._decode(x) if self._is_decoding(x) else self._multiply(x)
         return output if self.bias is None else output + self.bias.to(x.dtype)
 

@@ -52,7 +52,9 @@ class BitrankQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for layer in model.modules():
-            if isinstance(layer, CompressedLinear) and next(layer.parameters()).is_cuda:
+            if isinstance(layer, CompressedLinear) and (
+                layer.option.rotated or next(layer.parameters()).is_cuda
+            ):
                 layer.prepare()
         return model
 

@@ -47,9 +47,9 @@ class GridSettings:
         return plain + self._rotated(plain, layer) + mixed
 
     def _rotated(self, plain: list[Option], layer: Layer) -> list[Option]:
-        from compressor.incoherence import block_size
+        from compressor.incoherence import is_mixing
 
-        if not self.rotations or block_size(layer.columns) == 1:
+        if not self.rotations or not is_mixing(layer.columns):
             return []
         return [replace(option, rotated=True) for option in plain]
 

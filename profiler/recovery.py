@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from allocator.atomic import write_atomically
 from allocator.storage import KEEP_BITS
-from compressor.incoherence import rotated
+from compressor.incoherence import rotated, rotation
 from compressor.linear import CompressedLinear, left_name, matrix_names
 from compressor.packing import unpack
 from compressor.worker import AUXILIARY, check_output, put_in_place, with_metadata
@@ -121,7 +121,7 @@ class TrainableLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         parts = []
         if self.is_rotated:
-            x = rotated(x)
+            x = rotated(x, rotation(x.shape[-1], x.device, x.dtype))
         if self.has_grid:
             parts.append(F.linear(x, self.matrices["weight"]()))
         if self.left:
