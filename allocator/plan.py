@@ -6,6 +6,7 @@ is in `planner.py`, solving in `knapsack.py`; carrying the plan out is the compr
 
 from __future__ import annotations
 
+from operator import not_
 from pathlib import Path
 from typing import Annotated
 
@@ -54,10 +55,11 @@ class PlanLayer(Frozen):
     bytes: Count
     error: float
     cost: float
+    rotated: bool = Field(default=False, exclude_if=not_)
 
     @property
     def option(self) -> Option:
-        return Option(self.bits, self.rank, self.group_size, self.factor_bits)
+        return Option(self.bits, self.rank, self.group_size, self.factor_bits, self.rotated)
 
 
 class PlanCacheGroup(Frozen):
@@ -200,6 +202,7 @@ def plan_layer(layer: LayerMenu, index: int) -> PlanLayer:
         bytes=int(layer.total_bytes[index]),
         error=float(layer.error[index]),
         cost=float(layer.cost[index]),
+        rotated=option.rotated,
     )
 
 

@@ -11,6 +11,10 @@ flattened before they are packed. A low-rank factor is stored as `rank` rows of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import not_
+from typing import Annotated
+
+from pydantic import Field
 
 PACK = 32
 """Codes packed together."""
@@ -30,13 +34,15 @@ class Option:
 
     bits: 2-8 quantizes, 0 is pure low rank (no Q), 16 keeps the layer. rank: columns of L. group_size: weights
     that share a scale (0 where there is no grid). factor_bits: 4 or 8 quantizes L and R, 16 stores bfloat16, 0
-    where rank is 0.
+    where rank is 0. rotated: Q and L·R are of W under a fixed rotation of its inputs, which takes no bytes; files say
+    so only where it is.
     """
 
     bits: int
     rank: int = 0
     group_size: int = 64
     factor_bits: int = 0
+    rotated: Annotated[bool, Field(exclude_if=not_)] = False
 
 
 KEEP = Option(KEEP_BITS, 0, 0, 0)

@@ -35,11 +35,12 @@ class Optimal:
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """The same bits, rank and group size everywhere."""
+    """The same bits, rank and group size everywhere, of rotated inputs or not."""
 
     bits: int
     rank: int = 0
     group_size: int = 64
+    rotated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ Strategy = Optimal | Uniform | Progressive | ByRules | ByRecipe
 
 GRAMMAR = {
     "optimal": "optimal",
-    "uniform": "uniform:BITS[:rRANK][:gGROUP], like uniform:3 or uniform:3:r64",
+    "uniform": "uniform:BITS[:rRANK][:gGROUP][:rotated], like uniform:3 or uniform:3:r64",
     "progressive": "progressive[:fall|:rise]",
     "policy": "policy, with a file of rules",
     **{name: f"{name}[:BITS]" for name in RECIPES},
@@ -105,17 +106,17 @@ def parse_strategy(text: str, rules: tuple[Rule, ...] = ()) -> Strategy:
 
 
 def _parse_uniform(text: str, fields: list[str]) -> Uniform:
-    match = re.fullmatch(r"([0-9]{1,2})(?::r([0-9]{1,6}))?(?::g([0-9]{1,6}))?", ":".join(fields))
+    match = re.fullmatch(r"([0-9]{1,2})(?::r([0-9]{1,6}))?(?::g([0-9]{1,6}))?(:rotated)?", ":".join(fields))
     if match is None:
         raise _malformed(text, "uniform")
-    bits, rank, group_size = match.groups()
+    bits, rank, group_size, rotated = match.groups()
     if int(bits) not in (*range(2, 9), KEEP_BITS):
         raise StrategyError(
             f"strategy {text!r} asks for {bits} bits; write 2 to 8, or {KEEP_BITS} to keep the layers"
         )
     if group_size is not None and int(group_size) == 0:
         raise StrategyError(f"strategy {text!r} asks for groups of 0 weights; write a group size like g64")
-    return Uniform(int(bits), int(rank or 0), int(group_size or 64))
+    return Uniform(int(bits), int(rank or 0), int(group_size or 64), rotated is not None)
 
 
 def _malformed(text: str, name: str) -> StrategyError:
@@ -128,7 +129,7 @@ def choose(strategy: Strategy, menu: Menu, total_bytes: int) -> Integers:
     `Uniform`, `ByRules` and `ByRecipe` have the bytes they have: compare `choice_bytes` with the budget.
     """
     if isinstance(strategy, Uniform):
-        return uniform(menu, strategy.bits, strategy.rank, strategy.group_size)
+        return uniform(menu, strategy.bits, strategy.rank, strategy.group_size, strategy.rotated)
     if isinstance(strategy, Progressive):
         return progressive(menu, total_bytes, strategy.step_bits)
     if isinstance(strategy, ByRules):
@@ -168,7 +169,7 @@ def disturbed(menu: Menu, total_bytes: int, seed: int, spread: float = 1.0) -> I
     return optimal(Menu(tuple(layers), menu.kept), total_bytes)
 
 
-def uniform(menu: Menu, bits: int, rank: int = 0, group_size: int = 64) -> Integers:
+def uniform(menu: Menu, bits: int, rank: int = 0, group_size: int = 64, rotated: bool = False) -> Integers:
     """`bits`, `rank` and `group_size` everywhere; factors of 4 bits where they are offered, else 8, else 16.
 
     Raises `StrategyError` naming the first layer whose menu lacks the option.
@@ -176,9 +177,11 @@ def uniform(menu: Menu, bits: int, rank: int = 0, group_size: int = 64) -> Integ
     if bits == KEEP_BITS:
         candidates = [Option(KEEP_BITS, 0, 0, 0)]
     elif rank == 0:
-        candidates = [Option(bits, 0, group_size, 0)]
+        candidates = [Option(bits, 0, group_size, 0, rotated)]
     else:
-        candidates = [Option(bits, rank, group_size, factor_bits) for factor_bits in FACTOR_PREFERENCE]
+        candidates = [
+            Option(bits, rank, group_size, factor_bits, rotated) for factor_bits in FACTOR_PREFERENCE
+        ]
     return _choice(_first_offered(layer, candidates) for layer in menu.layers)
 
 
@@ -364,16 +367,18 @@ def _first_offered(layer: LayerMenu, candidates: Sequence[Option]) -> int:
             return layer.options.index(option)
     wanted = candidates[0]
     rank = f", rank {wanted.rank} with {wanted.factor_bits}-bit factors" if wanted.rank else ""
+    rotated = ", rotated" if wanted.rotated else ""
     offered = ", ".join(sorted({_spelled(option) for option in layer.options})[:12])
     raise StrategyError(
-        f"{layer.name!r} does not offer {wanted.bits} bits, group {wanted.group_size}{rank}; "
+        f"{layer.name!r} does not offer {wanted.bits} bits, group {wanted.group_size}{rank}{rotated}; "
         f"it offers {offered}; profile it with that option or choose another"
     )
 
 
 def _spelled(option: Option) -> str:
     factors = f"/{option.factor_bits}" if option.rank else ""
-    return f"{option.bits} bits g{option.group_size} r{option.rank}{factors}"
+    rotated = " rotated" if option.rotated else ""
+    return f"{option.bits} bits g{option.group_size} r{option.rank}{factors}{rotated}"
 
 
 def _highest_level(menu: Menu, total_bytes: int, offset: Floats, group_size: int) -> Integers:
@@ -403,11 +408,13 @@ def _highest_level(menu: Menu, total_bytes: int, offset: Floats, group_size: int
 
 
 def _plain_options(layer: LayerMenu, group_size: int) -> tuple[Floats, list[int]]:
-    """Bits and indices of the options without rank, in ascending bits."""
+    """Bits and indices of the options without rank or rotation, in ascending bits."""
     plain = sorted(
         (option.bits, index)
         for index, option in enumerate(layer.options)
-        if option.rank == 0 and (option.bits == KEEP_BITS or option.group_size == group_size)
+        if not option.rank
+        and not option.rotated
+        and (option.bits == KEEP_BITS or option.group_size == group_size)
     )
     if not plain:
         raise StrategyError(f"{layer.name!r} offers no option without rank at group {group_size}")

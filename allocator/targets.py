@@ -27,7 +27,7 @@ class Target:
     bits, group_sizes: of quantized layers; None is any. factor_bits, largest_rank: of the low-rank correction; rank 0
     is none at all. row_multiple, column_multiple: what its kernels need of a quantized matrix. whole_groups: a group
     must divide a row. fuses: q/k/v and gate/up become one matrix, so they share bits and group size. ggml: sizes are
-    those of llama.cpp's types, and llama-quantize carries the plan out.
+    those of llama.cpp's types, and llama-quantize carries the plan out. rotates: it can rotate the inputs of a layer.
     """
 
     bits: tuple[int, ...] | None = None
@@ -39,10 +39,13 @@ class Target:
     whole_groups: bool = False
     fuses: bool = False
     ggml: bool = False
+    rotates: bool = False
 
     def executes(self, layer: LayerMenu, option: Option) -> bool:
         if option.bits == KEEP_BITS:
             return True
+        if option.rotated and not self.rotates:
+            return False
         if self.bits is not None and option.bits not in self.bits:
             return False
         if self.largest_rank is not None and option.rank > self.largest_rank:
@@ -95,7 +98,7 @@ VLLM = Target(
     fuses=True,
 )
 TARGETS: dict[TargetName, Target] = {
-    "transformers": Target(),
+    "transformers": Target(rotates=True),
     "vllm": VLLM,
     "llm-compressor": replace(VLLM, largest_rank=0),
     "gptqmodel": Target(

@@ -146,6 +146,9 @@ def profile(
         bool,
         typer.Option(help="Measure five options of a layer, predict the others; measure them where unsure."),
     ] = False,
+    rotations: Annotated[
+        bool, typer.Option("--rotations", help="Measure options at rank 0 of rotated inputs too.")
+    ] = False,
     device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
@@ -169,6 +172,7 @@ def profile(
         else numbers(rank_group_sizes, "--rank-group-sizes", {32, 64, 128}),
         factor_bits=numbers(factor_bits, "--factor-bits", {4, 8, 16}),
         adaptive=adaptive,
+        rotations=rotations,
     )
     report = progress()
     made = profile_model(model, output, settings, report)
@@ -281,11 +285,11 @@ def curves(
         (
             (
                 p.layer,
-                p.bits,
+                f"{p.bits} rotated" if p.rotated else p.bits,
                 p.rank,
                 p.group_size,
                 f"{p.error:.3e}",
-                f"{p.fitted_error:.3e}",
+                "" if p.fitted_error is None else f"{p.fitted_error:.3e}",
                 f"{p.kl_nats:.3e}",
             )
             for p in points

@@ -89,7 +89,8 @@ def _name(option: OptionAnswer) -> str:
     if option.bits == 16:
         return "its original weights"
     rank = f" and rank {option.rank}" if option.rank else ""
-    return f"{option.bits} bits in groups of {option.group_size}{rank}"
+    rotated = ", rotated" if option.rotated else ""
+    return f"{option.bits} bits in groups of {option.group_size}{rank}{rotated}"
 
 
 def _option(layer: LayerMenu, index: int) -> OptionAnswer:
@@ -99,6 +100,7 @@ def _option(layer: LayerMenu, index: int) -> OptionAnswer:
         rank=option.rank,
         group_size=option.group_size,
         factor_bits=option.factor_bits,
+        rotated=option.rotated,
         total_bytes=int(layer.total_bytes[index]),
         error=float(layer.error[index]),
         kl_nats=float(layer.cost[index]),

@@ -85,6 +85,7 @@ class ProfileOptions(Request):
     group_sizes: Annotated[tuple[int, ...], Field(min_length=1, max_length=8)] | None = None
     factor_bits: Annotated[tuple[int, ...], Field(min_length=1, max_length=3)] | None = None
     adaptive: bool = False
+    rotations: bool = False
 
 
 class ProfileJob(Request):

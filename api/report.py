@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from itertools import pairwise
 from math import exp, log
+from operator import not_
 from pathlib import Path
 from typing import Literal
 
@@ -68,6 +69,7 @@ class MeasuredError(_Record):
     rank: int = Field(ge=0)
     group_size: int = Field(ge=1)
     factor_bits: int = Field(ge=0)
+    rotated: bool = Field(default=False, exclude_if=not_)
     error: float
 
 
@@ -136,6 +138,7 @@ class PlannedLayer(_Record):
     rank: int = Field(ge=0)
     group_size: int = Field(ge=0)
     factor_bits: int = Field(ge=0)
+    rotated: bool = Field(default=False, exclude_if=not_)
     total_bytes: int = Field(ge=0)
     error: float
     cost: float

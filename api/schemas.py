@@ -6,6 +6,7 @@ What lives here: shapes and bounds only. KL is in nats per token everywhere, err
 from __future__ import annotations
 
 from datetime import datetime
+from operator import not_
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -41,7 +42,7 @@ StrategyText = Annotated[
     str,
     Field(
         max_length=64,
-        description="optimal, uniform:BITS[:rRANK][:gGROUP], progressive[:fall|:rise], or a recipe like ultra.",
+        description="optimal, uniform:BITS[:rRANK][:gGROUP][:rotated], progressive[:fall|:rise], or a recipe: ultra.",
         examples=["optimal", "uniform:3", "uniform:3:r64"],
     ),
 ]
@@ -68,10 +69,11 @@ class OptionRule(Request):
     bits: Bits | None = None
     rank: Annotated[int, Field(ge=0, le=65_536)] | None = None
     group_size: Annotated[int, Field(ge=0, le=65_536)] | None = None
+    rotated: bool | None = None
 
     @property
     def pattern(self) -> Pattern:
-        return Pattern(self.bits, self.rank, self.group_size)
+        return Pattern(self.bits, self.rank, self.group_size, rotated=self.rotated)
 
 
 class BitsRule(Request):
@@ -152,6 +154,7 @@ class ProfileSettingsRequest(Request):
     adaptive: Annotated[
         bool, Field(description="Measure a few options of every layer and predict those that it can.")
     ] = False
+    rotations: Annotated[bool, Field(description="Measure options at rank 0 of rotated inputs too.")] = False
 
 
 class ProfileRequest(Request):
@@ -334,6 +337,7 @@ class OptionAnswer(Answer):
     rank: int
     group_size: int
     factor_bits: int
+    rotated: bool = Field(False, exclude_if=not_)
     total_bytes: int
     error: float
     kl_nats: float

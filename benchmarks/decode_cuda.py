@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -67,6 +68,11 @@ def plan(blocks: int, head_bits: int) -> dict[str, Option]:
     if head_bits:
         options["lm_head"] = Option(head_bits, group_size=64)
     return options
+
+
+def rotated(options: dict[str, Option], ends: tuple[str, ...]) -> dict[str, Option]:
+    """The same options, of rotated inputs where a layer's name ends so."""
+    return {name: replace(option, rotated=name.endswith(ends)) for name, option in options.items()}
 
 
 def randomize(layer: CompressedLinear) -> None:
@@ -157,6 +163,8 @@ def decoding(blocks: int, bandwidth: float) -> Iterator[str]:
         ("bfloat16", {}),
         ("mixed plan, head kept", plan(blocks, 0)),
         ("mixed plan, head 6 bits", plan(blocks, 6)),
+        ("the same, o and down rotated", rotated(plan(blocks, 6), ("o_proj", "down_proj"))),
+        ("the same, all rotated", rotated(plan(blocks, 6), ("",))),
     ):
         model = compressed_model(original, config, options) if options else original
         begin = perf_counter()
@@ -164,7 +172,7 @@ def decoding(blocks: int, bandwidth: float) -> Iterator[str]:
         peer_s = peer_s or step_s
         needed = bytes_read(model)
         yield (
-            f"{title:24s} {bits_per_weight(options, original):6.3f} bpw {1 / step_s:8.1f} tokens/s"
+            f"{title:28s} {bits_per_weight(options, original):6.3f} bpw {1 / step_s:8.1f} tokens/s"
             f" {step_s * 1e3:7.3f} ms {peer_s / step_s:6.2f} × bfloat16 {needed / 2**30:6.2f} GiB"
             f" {needed / step_s / bandwidth:6.1%} of the roofline  (compiled in {perf_counter() - begin:.0f} s)"
         )

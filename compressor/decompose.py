@@ -17,6 +17,9 @@ tried where it promises something.
 Both end with coordinate descent on the codes of Q (`descent.py`), which alternation starts without: from codes that it
 has bent to W alone, factors find less.
 
+A rotated option is decomposed in the space of rotated inputs, factors and all: W' = W Vᵀ under H' = V H Vᵀ
+(`incoherence.py`). Its error there is its error here.
+
 One product by S a round gives the error, tr((W − Q − LR) H (W − Q − LR)ᵀ) = ‖(W − Q)S − L(RS)‖², and the next factors.
 """
 
@@ -25,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,6 +38,7 @@ from allocator.storage import KEEP_BITS, Option
 from compressor.descent import descended
 from compressor.gptq import SingularHessianError, gptq, inverse_factor
 from compressor.grid import Quantized, group_ranges, grouped
+from compressor.incoherence import restored, rotated, rotation
 from compressor.lowrank import (
     Factors,
     dense,
@@ -60,7 +65,7 @@ class RankError(BitrankError):
     """The rank is larger than the smaller side of the matrix."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Curvature:
     """What decomposing needs of a Hessian, computed once per Hessian: H, its root, its damped inverse factor."""
 
@@ -71,6 +76,11 @@ class Curvature:
     @classmethod
     def of(cls, hessian_II: Tensor) -> Curvature:
         return cls(hessian_II.float(), square_root(hessian_II), inverse_factor(hessian_II))
+
+    @cached_property
+    def rotated(self) -> Curvature:
+        """Of rotated inputs: V H Vᵀ."""
+        return Curvature.of(_turned(_turned(self.hessian_II).T))
 
     def without(self, right_rI: Tensor) -> Curvature | None:
         """Down-dated: H − HRᵀ(RHRᵀ)⁻¹RH, which an error that a multiple of R can make good does not feel.
@@ -100,13 +110,18 @@ class Decomposition:
     factors: Factors | None
 
     def dense(self) -> Tensor:
-        """Q + L·R, float32 (O, I)."""
-        if self.quantized is None:
-            assert self.factors is not None
-            return self.factors.product()
-        if self.factors is None:
-            return self.quantized.dequantize()
-        return self.quantized.dequantize() + self.factors.product()
+        """Q + L·R as it acts on the layer's inputs, float32 (O, I)."""
+        parts = [part.dequantize() for part in [self.quantized] if part is not None]
+        parts += [part.product() for part in [self.factors] if part is not None]
+        whole_OI = sum(parts[1:], parts[0])
+        if not self.option.rotated:
+            return whole_OI
+        return restored(whole_OI, rotation(whole_OI.shape[1], whole_OI.device))
+
+
+def _turned(w_OI: Tensor) -> Tensor:
+    """W Vᵀ: what W is to rotated inputs."""
+    return rotated(w_OI, rotation(w_OI.shape[1], w_OI.device))
 
 
 def row_errors(w_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor) -> Tensor:
@@ -130,8 +145,8 @@ def decompose(
 ) -> Iterator[tuple[int, Decomposition]]:
     """Carry out `options[p]` on `weights[p]`, matrices (O, I) float32 of one shape under one Hessian.
 
-    Yields (p, decomposition), batch by batch, plain options first, so that no more than `elements` weights are
-    in flight. Raises `RankError` for a rank above min(O, I).
+    Yields (p, decomposition), batch by batch, those of inputs as they are first and plain ones before ranks, so that no
+    more than `elements` weights are in flight. Raises `RankError` for a rank above min(O, I).
     """
     rows, columns = weights[0].shape
     assert all(option.bits != KEEP_BITS for option in options)
@@ -142,11 +157,22 @@ def decompose(
                 f" use at most {min(rows, columns)}"
             )
     problems = [_Problem(p, *both) for p, both in enumerate(zip(weights, options, strict=True))]
+    batch = max(1, elements // (rows * columns))
+    yield from _solved([p for p in problems if not p.option.rotated], curvature, rounds, batch)
+    if turned := [p for p in problems if p.option.rotated]:
+        weight_of = {id(p.weight_OI): _turned(p.weight_OI) for p in turned}
+        turned = [replace(p, weight_OI=weight_of[id(p.weight_OI)]) for p in turned]
+        yield from _solved(turned, curvature.rotated, rounds, batch)
+
+
+def _solved(
+    problems: Sequence[_Problem], curvature: Curvature, rounds: int, batch: int
+) -> Iterator[tuple[int, Decomposition]]:
+    """Every problem under the curvature of its space, `batch` at once."""
     plain = [problem for problem in problems if problem.option.rank == 0]
     low_rank = [problem for problem in problems if problem.option.bits == 0]
     mixed = [problem for problem in problems if problem.option.bits and problem.option.rank]
     starts = _Starts(curvature, mixed + low_rank)
-    batch = max(1, elements // (rows * columns))
     for chunk in _batches(plain, batch):
         quantized = _quantized_of(chunk, curvature)
         starts.offer(chunk, quantized)

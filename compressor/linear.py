@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from allocator.storage import FACTOR_GROUP_SIZE, KEEP_BITS, Option, ceil_div
 from compressor.decompose import Decomposition
 from compressor.grid import Quantized
+from compressor.incoherence import restored, rotated, rotation
 from compressor.packing import pack, unpack, words
 
 TILE = 2**24
@@ -59,7 +60,7 @@ def layer_tensors(decomposition: Decomposition) -> dict[str, Tensor]:
 
 
 class CompressedLinear(nn.Module):
-    """y = x·Qᵀ + (x·Rᵀ)·Lᵀ + bias, with Q, L and R stored packed.
+    """y = x·Qᵀ + (x·Rᵀ)·Lᵀ + bias, with Q, L and R stored packed; of V·x in place of x where the option is rotated.
 
     Takes the place of `nn.Linear` (and of GPT-2's `Conv1D`) with `columns` inputs and `rows` outputs.
     """
@@ -122,23 +123,36 @@ class CompressedLinear(nn.Module):
         return self._dense(name, width) if self._is_quantized(name) else getattr(self, name).float()
 
     def dense_weight(self) -> Tensor:
-        """Q + L·R, float32 (O, I)."""
+        """Q + L·R as it acts on x, float32 (O, I)."""
         weight_OI = torch.zeros(self.out_features, self.in_features)
         if self.option.bits:
             weight_OI = self._dense("weight", self.in_features)
         if self.option.rank:
             left_rO = self._factor(left_name(self.option), self.out_features)
             weight_OI = weight_OI + left_rO.T @ self._factor("right", self.in_features)
-        return weight_OI
+        return restored(weight_OI, self.rotation(weight_OI)) if self.option.rotated else weight_OI
+
+    def rotation(self, x: Tensor) -> Tensor:
+        """What turns the inputs, in the dtype of x, made here unless `prepare` did."""
+        ready_bb = self._buffers.get("rotation_bb")
+        return rotation(self.in_features, x.device, x.dtype) if ready_bb is None else ready_bb.to(x.dtype)
 
     def prepare(self) -> None:
-        """Unpack the zero points once, which the decode kernel reads; the state dict stays as it is stored."""
+        """Unpack the zero points once, which the decode kernel reads, and make the rotation, which a compiler cannot.
+
+        The state dict stays as it is stored.
+        """
         for name in ("weight", "left", "right"):
             if self._is_quantized(name):
                 self.register_buffer(f"{name}_zero_OG", self.zero_points(name), persistent=False)
+        if self.option.rotated:
+            device = next(self.parameters()).device
+            self.register_buffer("rotation_bb", rotation(self.in_features, device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, I) -> (…, O), in the dtype of x. One token on CUDA is left to `matvec_triton.py`."""
+        if self.option.rotated:
+            x = rotated(x, self.rotation(x))
         output = self._decode(x) if self._is_decoding(x) else self._multiply(x)
         return output if self.bias is None else output + self.bias.to(x.dtype)
 

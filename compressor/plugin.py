@@ -1,8 +1,8 @@
 """The transformers plug-in: importing this module lets `from_pretrained` load checkpoints that bitrank wrote.
 
 The checkpoint's config.json carries `quantization_config`: quant_method "bitrank", and for every compressed layer
-its (bits, rank, group_size, factor_bits). Without this import transformers does not know the method, takes the
-packed `weight` for a plain one and stops at its shape.
+its (bits, rank, group_size, factor_bits), and rotated where it is. Without this import transformers does not know
+the method, takes the packed `weight` for a plain one and stops at its shape.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class BitrankQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for layer in model.modules():
-            if isinstance(layer, CompressedLinear) and next(layer.parameters()).is_cuda:
+            if isinstance(layer, CompressedLinear) and (
+                layer.option.rotated or next(layer.parameters()).is_cuda
+            ):
                 layer.prepare()
         return model
 

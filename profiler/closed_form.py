@@ -169,11 +169,12 @@ def first_measured(options: Sequence[Option]) -> list[Option]:
 
 
 def predictable(options: Sequence[Option]) -> list[Option]:
-    """The options that one form describes: plain ones, and ranks beside bits whose factors have the fewest bits."""
+    """The options that one form describes: plain ones, and ranks beside bits whose factors have the fewest bits; of
+    inputs as they are."""
     fewest = min((o.factor_bits for o in options if o.rank), default=0)
-    return [o for o in options if o.bits and o.factor_bits in (0, fewest)]
+    return [o for o in options if o.bits and not o.rotated and o.factor_bits in (0, fewest)]
 
 
 def spectrum_option(options: Sequence[Option]) -> Option:
     """The plain option whose residual gives τ: of those measured first, the one of most bits."""
-    return max((o for o in first_measured(options) if not o.rank), key=lambda o: o.bits)
+    return max((o for o in first_measured(predictable(options)) if not o.rank), key=lambda o: o.bits)

@@ -45,11 +45,11 @@ class ErrorModel:
 
 
 def fit_error_model(measurements: Sequence[Measurement], n: int) -> ErrorModel:
-    """Fit one layer's measurements; options without a grid (bits 0 or 16) are left out.
+    """Fit one layer's measurements; options without a grid (bits 0 or 16) and rotated ones are left out.
 
     A layer that every option reproduces (a matrix of zeros, in some checkpoints) has c = 0.
     """
-    usable = [m for m in measurements if 0 < m.option.bits < 16 and m.error > FLOOR]
+    usable = [m for m in measurements if 0 < m.option.bits < 16 and not m.option.rotated and m.error > FLOOR]
     if not usable:
         return ErrorModel(0.0, 0.0, 1.0, 0.0, 0.0, n, {64: 1.0}, 1.0, 1.0)
     sizes = sorted({m.option.group_size for m in usable})

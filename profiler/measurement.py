@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from operator import not_
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
 
 from allocator.storage import Option
 
@@ -19,7 +22,8 @@ FACTOR_BITS = (4,)
 class GridSettings:
     """What the sweep measures: every bits × group size at rank 0, and every bits × rank at `rank_group_sizes`.
 
-    0 bits are low rank alone, which has no groups.
+    0 bits are low rank alone, which has no groups. rotations: every option at rank 0 also of rotated inputs, where
+    these have a rotation.
     """
 
     bits: tuple[int, ...]
@@ -27,6 +31,7 @@ class GridSettings:
     group_sizes: tuple[int, ...]
     rank_group_sizes: tuple[int, ...]
     factor_bits: tuple[int, ...]
+    rotations: Annotated[bool, Field(exclude_if=not_)] = False
 
     def options(self, layer: Layer) -> list[Option]:
         """The options of one layer; ranks above half its smaller side are left out, they would cost more than W."""
@@ -39,7 +44,14 @@ class GridSettings:
             for factor_bits in self.factor_bits
             if 0 < rank <= min(layer.rows, layer.columns) // 2
         ]
-        return plain + mixed
+        return plain + self._rotated(plain, layer) + mixed
+
+    def _rotated(self, plain: list[Option], layer: Layer) -> list[Option]:
+        from compressor.incoherence import is_mixing
+
+        if not self.rotations or not is_mixing(layer.columns):
+            return []
+        return [replace(option, rotated=True) for option in plain]
 
 
 @dataclass(frozen=True, slots=True)

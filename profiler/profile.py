@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA_VERSION = 1
-COLUMNS = ("layer", "bits", "rank", "group_size", "factor_bits", "error", "half_width")
+COLUMNS = ("layer", *(field.name for field in fields(Option)), "error", "half_width")
+LATER_COLUMNS = {"rotated": False, "half_width": 0.0}
+"""Columns that a table may lack, and what they then hold."""
 
 
 class ProfileError(BitrankError):
@@ -209,7 +211,8 @@ def load_profile(path: Path) -> Profile:
         reason = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
         raise ProfileError(f"{path} is damaged ({reason}); profile the model again") from error
     measurements: dict[str, list[Measurement]] = {}
-    rows.setdefault("half_width", [0.0] * len(rows["layer"]))
+    for column, value in LATER_COLUMNS.items():
+        rows.setdefault(column, [value] * len(rows["layer"]))
     for layer, *option, error, half_width in zip(*(rows[c] for c in COLUMNS), strict=True):
         measurements.setdefault(layer, []).append(Measurement(Option(*option), error, half_width))
     return Profile(

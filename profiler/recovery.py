@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from allocator.atomic import write_atomically
 from allocator.storage import KEEP_BITS
+from compressor.incoherence import rotated, rotation
 from compressor.linear import CompressedLinear, left_name, matrix_names
 from compressor.packing import unpack
 from compressor.worker import AUXILIARY, check_output, put_in_place, with_metadata
@@ -115,10 +116,12 @@ class TrainableLinear(nn.Module):
                 for name, width in widths.items()
             }
         )
-        self.has_grid = option.bits > 0
+        self.has_grid, self.is_rotated = option.bits > 0, option.rotated
 
     def forward(self, x: Tensor) -> Tensor:
         parts = []
+        if self.is_rotated:
+            x = rotated(x, rotation(x.shape[-1], x.device, x.dtype))
         if self.has_grid:
             parts.append(F.linear(x, self.matrices["weight"]()))
         if self.left:

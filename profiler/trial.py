@@ -98,5 +98,5 @@ def trial_weight(loaded: LoadedModel, layer: Layer, option: Option, folder: Path
 
 
 def _file(folder: Path, name: str, option: Option) -> Path:
-    parts = (option.bits, option.rank, option.group_size, option.factor_bits)
+    parts = [option.bits, option.rank, option.group_size, option.factor_bits, *["rotated"] * option.rotated]
     return folder / f"{name}.{'-'.join(map(str, parts))}.safetensors"

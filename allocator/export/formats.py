@@ -18,6 +18,7 @@ from allocator.export import (
     pattern_overrides,
     peft,
 )
+from allocator.export.limits import refuse_rotations
 from allocator.plan import Plan
 
 FormatName = Literal[
@@ -32,7 +33,12 @@ class Format:
 
     media_type: str
     filename: str
-    write: Callable[[Plan], str]
+    text: Callable[[Plan], str]
+
+    def write(self, plan: Plan) -> str:
+        """Raises `ExportError` where the tool cannot carry the plan out."""
+        refuse_rotations(plan)
+        return self.text(plan)
 
 
 FORMATS: dict[FormatName, Format] = {

@@ -19,6 +19,17 @@ def refuse_ranks(plan: Plan, tool: str, advice: str) -> None:
         )
 
 
+def refuse_rotations(plan: Plan) -> None:
+    """Raise `ExportError` when the plan rotates inputs: packed codes cannot be turned back, and no other runtime turns
+    its activations."""
+    rotated = [name for name, layer in plan.layers.items() if layer.rotated]
+    if rotated:
+        raise ExportError(
+            f"the plan rotates the inputs of {len(rotated)} layers, the first {rotated[0]}, and other runtimes cannot;"
+            " plan again with --target, or serve the checkpoint with `import compressor.plugin`"
+        )
+
+
 def refuse_widths(plan: Plan, tool: str, widths: Collection[int], advice: str) -> None:
     """Raise `ExportError` when a layer has bits that `tool` does not run; kept layers always pass."""
     for name, layer in plan.layers.items():

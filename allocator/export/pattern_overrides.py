@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from glob import escape
 
 import yaml  # type: ignore[import-untyped]
@@ -18,6 +18,7 @@ from allocator.plan import Plan
 from allocator.storage import Option
 
 Values = dict[str, int]
+KEYS = ("bits", "rank", "group_size", "factor_bits")
 
 
 def overrides(plan: Plan) -> str:
@@ -47,7 +48,7 @@ class Glob:
 
 def pattern_overrides(options: Mapping[str, Option]) -> dict[str, Values]:
     """Values by glob. Applied in order to the names in `options`, they give back exactly `options`."""
-    wanted = {name: asdict(option) for name, option in options.items()}
+    wanted = {name: {key: getattr(option, key) for key in KEYS} for name, option in options.items()}
     common = {
         key: Counter(values[key] for values in wanted.values()).most_common(1)[0][0]
         for key in next(iter(wanted.values()), {})

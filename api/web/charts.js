@@ -224,7 +224,7 @@ window.bitrank = (() => {
       const { layer, fit, ...points } = data[index];
       const groupSizes = points.measured.map((d) => d.group_size);
       const groupSize = groupSizes.includes(64) ? 64 : d3.mode(groupSizes);
-      const visible = (d) => d.group_size === groupSize && d.error > 0;
+      const visible = (d) => d.group_size === groupSize && d.error > 0 && !d.rotated;
       const [fitted, measured] = [points.fitted.filter(visible), points.measured.filter(visible)];
       const all = [...fitted, ...measured];
       const ranks = d3.sort(new Set(all.map((d) => d.rank)));
@@ -351,7 +351,7 @@ window.bitrank = (() => {
       ];
       const bytes = (d) => d3.format(",")(d.total_bytes);
       const title = (d) =>
-        `${d.name}\n${d.bits} bits, group ${d.group_size}\n` +
+        `${d.name}\n${d.bits} bits, group ${d.group_size}${d.rotated ? ", rotated" : ""}\n` +
         `${d.rank > 0 ? `rank ${d.rank}, ${d.factor_bits}-bit factors\n` : ""}` +
         `error ${number(d.error)}\ncost ${nats(d.cost)}\n${bytes(d)} bytes`;
       const drawMap = (width) =>

@@ -39,7 +39,7 @@ def plan_of(options: Mapping[str, Option], target: str | None = None) -> Plan:
     layers = {
         name: PlanLayer(
             bits=o.bits, rank=o.rank, group_size=o.group_size, factor_bits=o.factor_bits,
-            bytes=1, error=0.0, cost=0.0,
+            bytes=1, error=0.0, cost=0.0, rotated=o.rotated,
         )
         for name, o in options.items()
     }  # fmt: skip
@@ -328,6 +328,15 @@ def test_bits_that_a_tool_does_not_run_are_refused_with_advice(name: str) -> Non
     bits = 5 if name == "gptqmodel" else 7
     with pytest.raises(ExportError, match=f"gives {re.escape(NAMES[0])} {bits}; plan again with --target"):
         text(name, dict.fromkeys(NAMES, Option(bits, 0, 64, 0)))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rotated_inputs_are_refused_by_every_format_with_advice(name: str) -> None:
+    options = {NAMES[0]: Option(4, 0, 64, 0), NAMES[1]: Option(4, 0, 64, 0, True)}
+    with pytest.raises(
+        ExportError, match=rf"1 layers, the first {re.escape(NAMES[1])}.*plan again with --target"
+    ):
+        text(name, options)
 
 
 def test_a_plan_without_ranks_has_no_adapter() -> None:

@@ -120,6 +120,18 @@ def test_the_file_has_the_fields_of_the_contract(menu: Menu, tmp_path: Path) -> 
     }  # fmt: skip
 
 
+def test_only_a_rotated_layer_says_so_in_the_file(menu: Menu, tmp_path: Path) -> None:
+    plan = plan_at(menu, "3.3bpw")
+    first, *others = plan.layers
+    turned = plan.layers[first].model_copy(update={"rotated": True})
+    plan = plan.model_copy(update={"layers": plan.layers | {first: turned}})
+    plan.save(tmp_path / "plan.json")
+    written = json.loads((tmp_path / "plan.json").read_text())["layers"]
+    assert written[first]["rotated"] is True and not any("rotated" in written[name] for name in others)
+    assert load_plan(tmp_path / "plan.json") == plan
+    assert plan.layers[first].option.rotated and not plan.layers[others[0]].option.rotated
+
+
 def test_one_plan_has_one_file(menu: Menu, tmp_path: Path) -> None:
     for name in ("first.json", "second.json"):
         plan_at(menu, "3.3bpw").save(tmp_path / name)

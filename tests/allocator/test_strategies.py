@@ -64,6 +64,8 @@ def bits_of(menu: Menu, choice: np.ndarray) -> list[int]:
         ("uniform:3:g128", Uniform(3, 0, 128)),
         ("uniform:16", Uniform(16)),
         ("uniform:2:r32:g128", Uniform(2, 32, 128)),
+        ("uniform:3:rotated", Uniform(3, rotated=True)),
+        ("uniform:2:r32:g128:rotated", Uniform(2, 32, 128, True)),
         ("progressive", Progressive(-2.0)),
         ("progressive:rise", Progressive(2.0)),
     ],
@@ -83,7 +85,18 @@ def test_an_unknown_strategy_names_the_nearest_and_the_list(text, nearest):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "uniform", "uniform:", "uniform:3:64", "uniform:3:g0", "uniform:1", "uniform:9", "optimal:3"]
+    "text",
+    [
+        "",
+        "uniform",
+        "uniform:",
+        "uniform:3:64",
+        "uniform:3:g0",
+        "uniform:1",
+        "uniform:9",
+        "uniform:3:rotated:r8",
+        "optimal:3",
+    ],
 )
 def test_a_malformed_strategy_is_refused(text):
     with pytest.raises(StrategyError):
@@ -94,6 +107,17 @@ def test_uniform_takes_the_same_bits_everywhere():
     menu = block_menu()
     assert set(bits_of(menu, uniform(menu, 3))) == {3}
     assert all(menu.layers[0].options[k] == Option(3, 0, 64, 0) for k in uniform(menu, 3))
+
+
+def test_only_a_strategy_that_says_so_rotates():
+    turned = Option(3, 0, 64, 0, True)
+    found = Menu((layer("model.layers.0.up_proj", options=(*PLAIN, turned, KEEP)),), {"embed": 1000})
+    (choice,) = uniform(found, 3, rotated=True)
+    assert found.layers[0].options[choice] == turned
+    for plain in (uniform(found, 3), progressive(found, choice_bytes(found, uniform(found, 3)))):
+        assert not found.layers[0].options[plain[0]].rotated
+    with pytest.raises(StrategyError, match="does not offer 4 bits, group 64, rotated"):
+        uniform(found, 4, rotated=True)
 
 
 def test_uniform_prefers_four_bit_factors_and_takes_what_is_offered():

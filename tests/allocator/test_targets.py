@@ -132,6 +132,14 @@ def test_tools_that_quantize_by_themselves_get_no_rank(target: str) -> None:
     assert {o.rank for one in target_named(target).restricted(menu()).layers for o in one.options} == {0}
 
 
+@pytest.mark.parametrize("target", sorted(set(TARGETS) - {"transformers"}))
+def test_only_this_product_s_own_checkpoint_rotates(target: str) -> None:
+    rotated = Option(4, 0, 64, 0, True)
+    found = layer("model.layers.0.mlp.up_proj", 256, 256, (*OPTIONS, rotated))
+    assert not target_named(target).executes(found, rotated)
+    assert target_named("transformers").executes(found, rotated)
+
+
 def test_sizes_for_llama_cpp_are_those_of_its_types() -> None:
     """Bits per weight by llama.cpp's own table, scales included."""
     assert {bits: kind.bits_per_weight for bits, kind in TYPES.items()} == {
