@@ -236,7 +236,7 @@ def policy(menu: Menu, rules: Sequence[Rule]) -> Integers:
         option = next((rule.option for rule in rules if rule.matches(layer, menu)), None)
         if option is None:
             raise StrategyError(f"no rule covers {layer.name!r}; add one for '*' at the end")
-        side = min(layer.rows, layer.columns)
+        side = min(layer.rows // option.heads, layer.columns)
         if option.rank > side:
             raise StrategyError(
                 f"rank {option.rank} of {layer.name!r} exceeds the smaller side of a {layer.rows} × {layer.columns}"
@@ -373,6 +373,8 @@ def _first_offered(layer: LayerMenu, candidates: Sequence[Option]) -> int:
 
 def _spelled(option: Option) -> str:
     factors = f"/{option.factor_bits}" if option.rank else ""
+    if option.heads > 1:
+        factors += f" in each of {option.heads} heads"
     return f"{option.bits} bits g{option.group_size} r{option.rank}{factors}"
 
 

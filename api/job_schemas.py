@@ -85,6 +85,7 @@ class ProfileOptions(Request):
     group_sizes: Annotated[tuple[int, ...], Field(min_length=1, max_length=8)] | None = None
     factor_bits: Annotated[tuple[int, ...], Field(min_length=1, max_length=3)] | None = None
     adaptive: bool = False
+    head_ratios: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(max_length=32)] = ()
 
 
 class ProfileJob(Request):

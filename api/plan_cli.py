@@ -94,6 +94,7 @@ def plan(
     counts: dict[str, int] = {}
     for layer in made.layers.values():
         key = f"{layer.bits} bits" + (f" + rank {layer.rank}" if layer.rank else "")
+        key += f" in each of {layer.heads} heads" if layer.heads > 1 else ""
         counts[key] = counts.get(key, 0) + 1
     print(", ".join(f"{count} layers at {key}" for key, count in sorted(counts.items())))
 

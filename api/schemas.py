@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from allocator.constraints import Ban, BitsRange, Constraints, Pattern, Pin, QualityFloor
+from allocator.storage import Heads
 from allocator.targets import TargetName
 from api.catalogue import MODEL_PATTERN
 from api.report import CurveFit, MeasuredError, OptimalPoint, UniformPoint
@@ -68,10 +69,11 @@ class OptionRule(Request):
     bits: Bits | None = None
     rank: Annotated[int, Field(ge=0, le=65_536)] | None = None
     group_size: Annotated[int, Field(ge=0, le=65_536)] | None = None
+    heads: Annotated[int, Field(ge=1, le=65_536)] | None = None
 
     @property
     def pattern(self) -> Pattern:
-        return Pattern(self.bits, self.rank, self.group_size)
+        return Pattern(self.bits, self.rank, self.group_size, heads=self.heads)
 
 
 class BitsRule(Request):
@@ -152,6 +154,13 @@ class ProfileSettingsRequest(Request):
     adaptive: Annotated[
         bool, Field(description="Measure a few options of every layer and predict those that it can.")
     ] = False
+    head_ratios: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=1)], ...],
+        Field(
+            max_length=16,
+            description="Shares of a head's full rank: low rank alone for every q, k and v head.",
+        ),
+    ] = ()
 
 
 class ProfileRequest(Request):
@@ -334,6 +343,7 @@ class OptionAnswer(Answer):
     rank: int
     group_size: int
     factor_bits: int
+    heads: Heads = 1
     total_bytes: int
     error: float
     kl_nats: float

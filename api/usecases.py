@@ -264,15 +264,16 @@ def uniform_points(profile: Profile) -> list[UniformPoint]:
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """One measured option of a layer, and the fitted error beside it."""
+    """One measured option of a layer, and the fitted error beside it; low rank alone is on no fit."""
 
     layer: str
     bits: int
     rank: int
     group_size: int
     factor_bits: int
+    heads: int
     error: float
-    fitted_error: float
+    fitted_error: float | None
     kl_nats: float
 
 
@@ -286,10 +287,10 @@ def curve_points(profile: Profile, pattern: str = "*") -> list[CurvePoint]:
     for name in names:
         fit = profile.document.layers[name].fit
         for m in (m for m in profile.measurements[name] if not m.half_width):
-            fitted = fit.error(m.option.bits, m.option.rank, m.option.group_size)
-            cost = m.error * profile.price(name, m.option.bits)
+            option, cost = m.option, m.error * profile.price(name, m.option.bits)
+            fitted = fit.error(option.bits, option.rank, option.group_size) if option.bits else None
             points.append(
-                CurvePoint(name, **asdict(m.option), error=m.error, fitted_error=fitted, kl_nats=cost)
+                CurvePoint(name, **asdict(option), error=m.error, fitted_error=fitted, kl_nats=cost)
             )
     return points
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from allocator.storage import Option
+from pydantic import Field
+
+from allocator.storage import Option, head_rank
 
 if TYPE_CHECKING:
     from profiler.layers import Layer
@@ -19,7 +21,8 @@ FACTOR_BITS = (4,)
 class GridSettings:
     """What the sweep measures: every bits × group size at rank 0, and every bits × rank at `rank_group_sizes`.
 
-    0 bits are low rank alone, which has no groups.
+    0 bits are low rank alone, which has no groups. head_ratios: shares of the full rank of a head, low rank alone for
+    every head of a query, key or value projection.
     """
 
     bits: tuple[int, ...]
@@ -27,8 +30,9 @@ class GridSettings:
     group_sizes: tuple[int, ...]
     rank_group_sizes: tuple[int, ...]
     factor_bits: tuple[int, ...]
+    head_ratios: Annotated[tuple[float, ...], Field(exclude_if=lambda ratios: not ratios)] = ()
 
-    def options(self, layer: Layer) -> list[Option]:
+    def options(self, layer: Layer, heads: int = 1) -> list[Option]:
         """The options of one layer; ranks above half its smaller side are left out, they would cost more than W."""
         plain = [Option(bits, 0, size, 0) for bits in self.bits if bits for size in self.group_sizes]
         mixed = [
@@ -39,7 +43,13 @@ class GridSettings:
             for factor_bits in self.factor_bits
             if 0 < rank <= min(layer.rows, layer.columns) // 2
         ]
-        return plain + mixed
+        return plain + mixed + self._head_wise(layer, heads)
+
+    def _head_wise(self, layer: Layer, heads: int) -> list[Option]:
+        if heads == 1:
+            return []
+        ranks = {head_rank(ratio, layer.rows, layer.columns, heads) for ratio in self.head_ratios}
+        return [Option(0, rank, 0, bits, heads) for rank in sorted(ranks) for bits in self.factor_bits]
 
 
 @dataclass(frozen=True, slots=True)

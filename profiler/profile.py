@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA_VERSION = 1
-COLUMNS = ("layer", "bits", "rank", "group_size", "factor_bits", "error", "half_width")
+COLUMNS = ("layer", "bits", "rank", "group_size", "factor_bits", "heads", "error", "half_width")
 
 
 class ProfileError(BitrankError):
@@ -210,6 +210,7 @@ def load_profile(path: Path) -> Profile:
         raise ProfileError(f"{path} is damaged ({reason}); profile the model again") from error
     measurements: dict[str, list[Measurement]] = {}
     rows.setdefault("half_width", [0.0] * len(rows["layer"]))
+    rows.setdefault("heads", [1] * len(rows["layer"]))
     for layer, *option, error, half_width in zip(*(rows[c] for c in COLUMNS), strict=True):
         measurements.setdefault(layer, []).append(Measurement(Option(*option), error, half_width))
     return Profile(

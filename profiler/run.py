@@ -11,7 +11,7 @@ import json
 import platform
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
@@ -74,7 +74,8 @@ PROBE_SHARE = 5
 class ProfileSettings:
     """How to profile. `calibration` None samples text from the model itself; ranks None picks them by width;
     rank_group_sizes None measures ranks at group 64 alone (at all three, the sweep takes about three times as long);
-    adaptive measures a few options of every layer and predicts those that it can (`closed_form.py`)."""
+    adaptive measures a few options of every layer and predicts those that it can (`closed_form.py`); head_ratios as in
+    `GridSettings`."""
 
     calibration: Path | None = None
     tokens: int = DEFAULT_TOKENS
@@ -87,6 +88,7 @@ class ProfileSettings:
     factor_bits: tuple[int, ...] = FACTOR_BITS
     rounds: int = ROUNDS
     adaptive: bool = False
+    head_ratios: tuple[float, ...] = ()
 
 
 def build_profile(ref: ModelRef, output: Path, settings: ProfileSettings, progress: Progress) -> Profile:
@@ -187,9 +189,8 @@ def open_run(ref: ModelRef, output: Path, settings: ProfileSettings) -> ProfileR
     weights = weights_sha256(ref)
     loaded = open_model(ref, settings.device)
     grid = grid_of(loaded, settings)
-    request = json.dumps(
-        {"weights": weights, "grid": asdict(grid), "settings": describe(settings)}, sort_keys=True
-    )
+    asked = {name: values for name, values in asdict(grid).items() if name != "head_ratios" or values}
+    request = json.dumps({"weights": weights, "grid": asked, "settings": describe(settings)}, sort_keys=True)
     return ProfileRun(output, settings, loaded, weights, grid, request)
 
 
@@ -277,7 +278,9 @@ def grid_of(loaded: LoadedModel, settings: ProfileSettings) -> GridSettings:
     ranks = default_ranks(loaded.layers) if settings.ranks is None else settings.ranks
     usual = tuple(g for g in settings.group_sizes if g == 64) or settings.group_sizes[:1]
     rank_groups = settings.rank_group_sizes or usual
-    return GridSettings(settings.bits, ranks, settings.group_sizes, rank_groups, settings.factor_bits)
+    return GridSettings(
+        settings.bits, ranks, settings.group_sizes, rank_groups, settings.factor_bits, settings.head_ratios
+    )
 
 
 def describe(settings: ProfileSettings) -> dict[str, Any]:
@@ -403,22 +406,11 @@ def layer_record(sweep: LayerSweep, bytes_per_weight: int) -> LayerRecord:
 
 
 def measurements_table(sweeps: Sequence[LayerSweep]) -> bytes:
-    rows = [
-        (
-            s.layer.name,
-            m.option.bits,
-            m.option.rank,
-            m.option.group_size,
-            m.option.factor_bits,
-            m.error,
-            m.half_width,
-        )
-        for s in sweeps
-        for m in s.measurements
-    ]
-    table = pa.table(
-        {name: list(column) for name, column in zip(COLUMNS, zip(*rows, strict=True), strict=True)}
-    )
+    rows = [(s.layer.name, *astuple(m.option), m.error, m.half_width) for s in sweeps for m in s.measurements]
+    columns = {name: list(column) for name, column in zip(COLUMNS, zip(*rows, strict=True), strict=True)}
+    if set(columns["heads"]) == {1}:
+        del columns["heads"]
+    table = pa.table(columns)
     buffer = BytesIO()
     parquet.write_table(table, buffer)
     return buffer.getvalue()

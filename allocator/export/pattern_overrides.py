@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from glob import escape
 
 import yaml  # type: ignore[import-untyped]
 
+from allocator.export.limits import refuse_heads
 from allocator.export.patterns import NUMBERED
 from allocator.plan import Plan
 from allocator.storage import Option
@@ -21,7 +22,8 @@ Values = dict[str, int]
 
 
 def overrides(plan: Plan) -> str:
-    """YAML, one mapping `pattern_overrides`."""
+    """YAML, one mapping `pattern_overrides`. Raises `ExportError` where heads have factors of their own."""
+    refuse_heads(plan, "a pattern override", "plan without head-wise options: profile without --head-ratios")
     found = pattern_overrides({name: layer.option for name, layer in plan.layers.items()})
     text: str = yaml.safe_dump(
         {"pattern_overrides": found}, sort_keys=False, default_flow_style=None, width=1_000_000
@@ -47,7 +49,7 @@ class Glob:
 
 def pattern_overrides(options: Mapping[str, Option]) -> dict[str, Values]:
     """Values by glob. Applied in order to the names in `options`, they give back exactly `options`."""
-    wanted = {name: asdict(option) for name, option in options.items()}
+    wanted = {name: _values(option) for name, option in options.items()}
     common = {
         key: Counter(values[key] for values in wanted.values()).most_common(1)[0][0]
         for key in next(iter(wanted.values()), {})
@@ -66,6 +68,15 @@ def pattern_overrides(options: Mapping[str, Option]) -> dict[str, Values]:
         if told[name] != values:
             found[escape(name)] = {k: v for k, v in values.items() if told[name][k] != v}
     return found
+
+
+def _values(option: Option) -> Values:
+    return {
+        "bits": option.bits,
+        "rank": option.rank,
+        "group_size": option.group_size,
+        "factor_bits": option.factor_bits,
+    }
 
 
 def _agreed(names: Sequence[str], wanted: Mapping[str, Values]) -> Values:
