@@ -22,6 +22,7 @@ OPTIONS = (
     *(Option(bits, 0, size, 0) for bits in (2, 3, 4, 5, 8) for size in (32, 64, 128)),
     *(Option(bits, 64, 64, factor_bits) for bits in (3, 4) for factor_bits in (4, 16)),
     Option(0, 32, 0, 16),
+    Option(0, 16, 0, 16, heads=2),
     KEEP,
 )
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

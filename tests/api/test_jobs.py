@@ -401,7 +401,8 @@ def test_a_batch_file_names_directories_for_every_worker(tmp_path: Path) -> None
 
 def test_every_setting_of_a_job_reaches_the_profiler() -> None:
     options = ProfileOptions(
-        tokens=999, seed=3, bits=(2, 4), ranks=(0, 8), group_sizes=(32,), factor_bits=(8,), adaptive=True
-    )
+        tokens=999, seed=3, bits=(2, 4), ranks=(0, 8), group_sizes=(32,), factor_bits=(8,), adaptive=True,
+        head_ratios=(0.5, 1.0),
+    )  # fmt: skip
     settings = profile_settings(ProfileJob(model="small", settings=options), "cpu")
     assert {name: getattr(settings, name) for name in ProfileOptions.model_fields} == options.model_dump()
