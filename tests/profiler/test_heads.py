@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -23,14 +22,15 @@ from api.usecases import compress_plan, curve_points, evaluate_model, plan_budge
 from compressor.decompose import Curvature, decompose, squared_error
 from profiler.calibration import silent
 from profiler.checkpoint import find_model, tensor_bytes
+from profiler.closed_form import first_measured, predictable
 from profiler.heads import separable_heads
-from profiler.layers import load_model
+from profiler.layers import Layer, load_model
 from profiler.profile import Profile, load_profile
 from profiler.run import ProfileSettings, build_profile
 from profiler.stream import block_works
 
 SETTINGS = ProfileSettings(
-    tokens=320,
+    tokens=640,
     bits=(2, 3, 4),
     ranks=(0, 4),
     group_sizes=(64,),
@@ -38,6 +38,7 @@ SETTINGS = ProfileSettings(
     rounds=1,
     head_ratios=(0.5, 1.0),
 )
+"""Those of the tiny profiles, and ratios."""
 HEADS = {"q_proj": 4, "k_proj": 2, "v_proj": 2}
 """Of the tiny llama, each 16 rows high."""
 POLICY = Policy(rules=(PolicyRule(layers=("*.self_attn.*",), bits=0, head_ratio=1.0), PolicyRule(bits=4)))
@@ -86,15 +87,21 @@ def test_their_errors_are_those_of_the_definition(profile: Profile, tmp_path: Pa
         assert measured.error == pytest.approx(error, rel=1e-3)
 
 
-def test_the_fit_is_that_of_a_profile_without_them(profile: Profile, llama: Path, tmp_path: Path) -> None:
-    plain = build_profile(
-        find_model(str(llama)), tmp_path / "plain", replace(SETTINGS, head_ratios=()), silent
-    )
+def test_all_else_is_as_in_a_profile_without_them(
+    profile: Profile, tiny_profile: Callable[[str], Profile]
+) -> None:
+    plain = tiny_profile("llama")
     assert plain.sha256 != profile.sha256
     for name, record in plain.document.layers.items():
         assert profile.document.layers[name].fit == record.fit
         without = [m for m in profile.measurements[name] if m.option.heads == 1]
         assert without == list(plain.measurements[name])
+
+
+def test_files_of_a_profile_without_them_do_not_know_them(
+    profile: Profile, tiny_profile: Callable[[str], Profile]
+) -> None:
+    plain = tiny_profile("llama")
     for file in ("profile.json", "request.json"):
         text = (plain.path / file).read_text()
         assert not any(word in text for word in ("head_ratios", '"heads"'))
@@ -102,13 +109,13 @@ def test_the_fit_is_that_of_a_profile_without_them(profile: Profile, llama: Path
     assert "heads" in parquet.read_schema(profile.path / "measurements.parquet").names
 
 
-def test_adaptive_profiles_measure_them(llama: Path, tmp_path: Path) -> None:
-    profile = build_profile(
-        find_model(str(llama)), tmp_path / "adaptive", replace(SETTINGS, adaptive=True), silent
-    )
-    of_heads = [m for found in profile.measurements.values() for m in found if m.option.heads > 1]
-    assert len(of_heads) == 2 * 3 * 2
-    assert all(m.half_width == 0 for m in of_heads)
+def test_they_are_measured_even_where_other_options_are_predicted(profile: Profile) -> None:
+    layer = Layer("q_proj", 0, "q_proj", 64, 64, False)
+    options = profile.document.grid.options(layer, heads=4)
+    of_heads = {option for option in options if option.heads > 1}
+    assert of_heads == {Option(0, 8, 0, 8, 4), Option(0, 16, 0, 8, 4)}
+    assert of_heads <= set(first_measured(options))
+    assert not of_heads & set(predictable(options))
 
 
 def test_a_policy_of_head_ratios_is_carried_out_and_served(
