@@ -41,6 +41,7 @@ class Pattern:
     rank: int | None = None
     group_size: int | None = None
     factor_bits: int | None = None
+    heads: int | None = None
     rotated: bool | None = None
 
     def matches(self, options: tuple[Option, ...]) -> Mask:

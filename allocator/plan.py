@@ -10,7 +10,7 @@ from operator import not_
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from allocator.atomic import write_atomically
 from allocator.budget import Budget
@@ -18,7 +18,7 @@ from allocator.constraints import Constraints, relief, smallest_constrained_byte
 from allocator.errors import BudgetAboveOriginalError, InfeasibleError, PlanError
 from allocator.knapsack import solve
 from allocator.problem import Integers, LayerMenu, Menu, Solution
-from allocator.storage import Option
+from allocator.storage import Heads, Option
 from allocator.verification import Verification
 
 SCHEMA_VERSION = 1
@@ -46,20 +46,30 @@ class PlanBudget(Frozen):
 
 
 class PlanLayer(Frozen):
-    """One layer's option, its bytes, its relative squared output error and its predicted KL (nats/token)."""
+    """One layer's option, its bytes, its relative squared output error and its predicted KL (nats/token).
+
+    `heads` is in the file only where every head has factors of its own.
+    """
 
     bits: Count
     rank: Count
     group_size: Count
     factor_bits: Count
+    heads: Heads = 1
     bytes: Count
     error: float
     cost: float
     rotated: bool = Field(default=False, exclude_if=not_)
 
+    @model_validator(mode="after")
+    def _heads_are_of_pure_low_rank(self) -> PlanLayer:
+        if self.heads > 1 and self.bits:
+            raise ValueError(f"{self.heads} heads go with 0 bits, not {self.bits}")
+        return self
+
     @property
     def option(self) -> Option:
-        return Option(self.bits, self.rank, self.group_size, self.factor_bits, self.rotated)
+        return Option(self.bits, self.rank, self.group_size, self.factor_bits, self.heads, self.rotated)
 
 
 class PlanCacheGroup(Frozen):
@@ -199,6 +209,7 @@ def plan_layer(layer: LayerMenu, index: int) -> PlanLayer:
         rank=option.rank,
         group_size=option.group_size,
         factor_bits=option.factor_bits,
+        heads=option.heads,
         bytes=int(layer.total_bytes[index]),
         error=float(layer.error[index]),
         cost=float(layer.cost[index]),

@@ -177,10 +177,10 @@ def uniform(menu: Menu, bits: int, rank: int = 0, group_size: int = 64, rotated:
     if bits == KEEP_BITS:
         candidates = [Option(KEEP_BITS, 0, 0, 0)]
     elif rank == 0:
-        candidates = [Option(bits, 0, group_size, 0, rotated)]
+        candidates = [Option(bits, 0, group_size, 0, rotated=rotated)]
     else:
         candidates = [
-            Option(bits, rank, group_size, factor_bits, rotated) for factor_bits in FACTOR_PREFERENCE
+            Option(bits, rank, group_size, factor_bits, rotated=rotated) for factor_bits in FACTOR_PREFERENCE
         ]
     return _choice(_first_offered(layer, candidates) for layer in menu.layers)
 
@@ -239,7 +239,7 @@ def policy(menu: Menu, rules: Sequence[Rule]) -> Integers:
         option = next((rule.option for rule in rules if rule.matches(layer, menu)), None)
         if option is None:
             raise StrategyError(f"no rule covers {layer.name!r}; add one for '*' at the end")
-        side = min(layer.rows, layer.columns)
+        side = min(layer.rows // option.heads, layer.columns)
         if option.rank > side:
             raise StrategyError(
                 f"rank {option.rank} of {layer.name!r} exceeds the smaller side of a {layer.rows} × {layer.columns}"
@@ -377,6 +377,8 @@ def _first_offered(layer: LayerMenu, candidates: Sequence[Option]) -> int:
 
 def _spelled(option: Option) -> str:
     factors = f"/{option.factor_bits}" if option.rank else ""
+    if option.heads > 1:
+        factors += f" in each of {option.heads} heads"
     rotated = " rotated" if option.rotated else ""
     return f"{option.bits} bits g{option.group_size} r{option.rank}{factors}{rotated}"
 

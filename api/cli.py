@@ -149,6 +149,10 @@ def profile(
     rotations: Annotated[
         bool, typer.Option("--rotations", help="Measure options at rank 0 of rotated inputs too.")
     ] = False,
+    head_ratios: Annotated[
+        str | None,
+        typer.Option(help="Shares of a head's rank, like 0.5,0.9: low rank alone for every q, k and v head."),
+    ] = None,
     device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
@@ -173,12 +177,18 @@ def profile(
         factor_bits=numbers(factor_bits, "--factor-bits", {4, 8, 16}),
         adaptive=adaptive,
         rotations=rotations,
+        head_ratios=() if head_ratios is None else shares(head_ratios, "--head-ratios"),
     )
     report = progress()
     made = profile_model(model, output, settings, report)
     document = made.document
     known = [m for measurements in made.measurements.values() for m in measurements]
     predicted = sum(m.half_width > 0 for m in known)
+    if settings.head_ratios and all(m.option.heads == 1 for m in known):
+        print(
+            f"bitrank: {model} has no query, key or value projection of several heads; --head-ratios measured nothing",
+            file=sys.stderr,
+        )
     summary = {
         "profile": str(made.path),
         "sha256": made.sha256,
@@ -286,10 +296,10 @@ def curves(
             (
                 p.layer,
                 f"{p.bits} rotated" if p.rotated else p.bits,
-                p.rank,
+                p.rank if p.heads == 1 else f"{p.rank} × {p.heads} heads",
                 p.group_size,
                 f"{p.error:.3e}",
-                "" if p.fitted_error is None else f"{p.fitted_error:.3e}",
+                "–" if p.fitted_error is None else f"{p.fitted_error:.3e}",
                 f"{p.kl_nats:.3e}",
             )
             for p in points
@@ -400,6 +410,17 @@ def numbers(text: str, option: str, allowed: set[int] | None = None, least: int 
     if wrong or not found:
         choices = f"; choose from {sorted(allowed)}" if allowed is not None else f"; {least} is the least"
         raise typer.BadParameter(f"{option} cannot be {wrong}{choices}")
+    return found
+
+
+def shares(text: str, option: str) -> tuple[float, ...]:
+    try:
+        found = tuple(sorted({float(part) for part in text.split(",")}))
+    except ValueError:
+        raise typer.BadParameter(f"{option} takes numbers separated by commas, not {text!r}") from None
+    wrong = [share for share in found if not 0 < share <= 1]
+    if wrong:
+        raise typer.BadParameter(f"{option} cannot be {wrong}; a share is above 0 and at most 1")
     return found
 
 

@@ -29,6 +29,7 @@ COLUMNS = (
     "error_low",
     "error_high",
     "kl_nats",
+    "heads",
     "rotated",
 )
 
@@ -102,11 +103,12 @@ def curve_rows(profile: Profile, curves: Sequence[LayerCurve]) -> list[tuple[Any
         for m in curve.measured:
             option = (float(m.bits), m.rank, m.group_size, m.factor_bits)
             kl_nats = m.error * profile.price(curve.layer, m.bits)
-            rows.append((curve.layer, "measured", *option, m.error, m.error, m.error, kl_nats, m.rotated))
+            kinds = (m.heads, m.rotated)
+            rows.append((curve.layer, "measured", *option, m.error, m.error, m.error, kl_nats, *kinds))
         for p in curve.predicted:
             option = (p.bits, int(p.rank), p.group_size, 0)
             interval = (p.interval.low, p.interval.high)
-            rows.append((curve.layer, "predicted", *option, p.error, *interval, p.kl_nats, False))
+            rows.append((curve.layer, "predicted", *option, p.error, *interval, p.kl_nats, 1, False))
     return rows
 
 

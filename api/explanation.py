@@ -88,6 +88,8 @@ def _sentence(
 def _name(option: OptionAnswer) -> str:
     if option.bits == 16:
         return "its original weights"
+    if option.bits == 0:
+        return f"rank {option.rank}" + (f" in each of {option.heads} heads" if option.heads > 1 else "")
     rank = f" and rank {option.rank}" if option.rank else ""
     rotated = ", rotated" if option.rotated else ""
     return f"{option.bits} bits in groups of {option.group_size}{rank}{rotated}"
@@ -100,6 +102,7 @@ def _option(layer: LayerMenu, index: int) -> OptionAnswer:
         rank=option.rank,
         group_size=option.group_size,
         factor_bits=option.factor_bits,
+        heads=option.heads,
         rotated=option.rotated,
         total_bytes=int(layer.total_bytes[index]),
         error=float(layer.error[index]),

@@ -86,6 +86,7 @@ class ProfileOptions(Request):
     factor_bits: Annotated[tuple[int, ...], Field(min_length=1, max_length=3)] | None = None
     adaptive: bool = False
     rotations: bool = False
+    head_ratios: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(max_length=32)] = ()
 
 
 class ProfileJob(Request):

@@ -95,6 +95,7 @@ def plan(
     for layer in made.layers.values():
         key = f"{layer.bits} bits" + (f" + rank {layer.rank}" if layer.rank else "")
         key += " rotated" if layer.rotated else ""
+        key += f" in each of {layer.heads} heads" if layer.heads > 1 else ""
         counts[key] = counts.get(key, 0) + 1
     print(", ".join(f"{count} layers at {key}" for key, count in sorted(counts.items())))
 

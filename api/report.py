@@ -22,6 +22,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from allocator.atomic import write_atomically
+from allocator.storage import Heads
 
 WEB = files("api") / "web"
 SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "charts.js")
@@ -67,8 +68,9 @@ class MeasuredError(_Record):
 
     bits: int = Field(ge=0)
     rank: int = Field(ge=0)
-    group_size: int = Field(ge=1)
+    group_size: int = Field(ge=0)
     factor_bits: int = Field(ge=0)
+    heads: Heads = 1
     rotated: bool = Field(default=False, exclude_if=not_)
     error: float
 
@@ -138,6 +140,7 @@ class PlannedLayer(_Record):
     rank: int = Field(ge=0)
     group_size: int = Field(ge=0)
     factor_bits: int = Field(ge=0)
+    heads: Heads = 1
     rotated: bool = Field(default=False, exclude_if=not_)
     total_bytes: int = Field(ge=0)
     error: float

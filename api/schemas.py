@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from allocator.constraints import Ban, BitsRange, Constraints, Pattern, Pin, QualityFloor
+from allocator.storage import Heads
 from allocator.targets import TargetName
 from api.catalogue import MODEL_PATTERN
 from api.report import CurveFit, MeasuredError, OptimalPoint, UniformPoint
@@ -69,11 +70,12 @@ class OptionRule(Request):
     bits: Bits | None = None
     rank: Annotated[int, Field(ge=0, le=65_536)] | None = None
     group_size: Annotated[int, Field(ge=0, le=65_536)] | None = None
+    heads: Annotated[int, Field(ge=1, le=65_536)] | None = None
     rotated: bool | None = None
 
     @property
     def pattern(self) -> Pattern:
-        return Pattern(self.bits, self.rank, self.group_size, rotated=self.rotated)
+        return Pattern(self.bits, self.rank, self.group_size, heads=self.heads, rotated=self.rotated)
 
 
 class BitsRule(Request):
@@ -155,6 +157,13 @@ class ProfileSettingsRequest(Request):
         bool, Field(description="Measure a few options of every layer and predict those that it can.")
     ] = False
     rotations: Annotated[bool, Field(description="Measure options at rank 0 of rotated inputs too.")] = False
+    head_ratios: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=1)], ...],
+        Field(
+            max_length=16,
+            description="Shares of a head's full rank: low rank alone for every q, k and v head.",
+        ),
+    ] = ()
 
 
 class ProfileRequest(Request):
@@ -337,6 +346,7 @@ class OptionAnswer(Answer):
     rank: int
     group_size: int
     factor_bits: int
+    heads: Heads = 1
     rotated: bool = Field(False, exclude_if=not_)
     total_bytes: int
     error: float

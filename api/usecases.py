@@ -271,6 +271,7 @@ class CurvePoint:
     rank: int
     group_size: int
     factor_bits: int
+    heads: int
     rotated: bool
     error: float
     fitted_error: float | None
@@ -287,11 +288,11 @@ def curve_points(profile: Profile, pattern: str = "*") -> list[CurvePoint]:
     for name in names:
         fit = profile.document.layers[name].fit
         for m in (m for m in profile.measurements[name] if not m.half_width):
-            plain = not m.option.rotated
-            fitted = fit.error(m.option.bits, m.option.rank, m.option.group_size) if plain else None
-            cost = m.error * profile.price(name, m.option.bits)
+            option, cost = m.option, m.error * profile.price(name, m.option.bits)
+            on_fit = option.bits and not option.rotated
+            fitted = fit.error(option.bits, option.rank, option.group_size) if on_fit else None
             points.append(
-                CurvePoint(name, **asdict(m.option), error=m.error, fitted_error=fitted, kl_nats=cost)
+                CurvePoint(name, **asdict(option), error=m.error, fitted_error=fitted, kl_nats=cost)
             )
     return points
 

@@ -47,6 +47,7 @@ from compressor.lowrank import (
     orthonormal,
     sharpened,
     square_root,
+    stacked,
     through,
 )
 from compressor.precision import tensor_cores
@@ -62,7 +63,7 @@ MAXIMUM_ELEMENTS = 6_000_000
 
 
 class RankError(BitrankError):
-    """The rank is larger than the smaller side of the matrix."""
+    """The rank is larger than the smaller side of the matrix, or of a head's rows of it."""
 
 
 @dataclass(frozen=True)
@@ -146,16 +147,14 @@ def decompose(
     """Carry out `options[p]` on `weights[p]`, matrices (O, I) float32 of one shape under one Hessian.
 
     Yields (p, decomposition), batch by batch, those of inputs as they are first and plain ones before ranks, so that no
-    more than `elements` weights are in flight. Raises `RankError` for a rank above min(O, I).
+    more than `elements` weights are in flight. Raises `RankError` for a rank above min(O, I), or of a head above
+    min(O/heads, I).
     """
     rows, columns = weights[0].shape
     assert all(option.bits != KEEP_BITS for option in options)
+    assert all(option.heads == 1 or option.bits == 0 for option in options)
     for option in options:
-        if option.rank > min(rows, columns):
-            raise RankError(
-                f"rank {option.rank} exceeds the smaller side of a {rows} × {columns} matrix;"
-                f" use at most {min(rows, columns)}"
-            )
+        _check_rank(rows, columns, option)
     problems = [_Problem(p, *both) for p, both in enumerate(zip(weights, options, strict=True))]
     batch = max(1, elements // (rows * columns))
     yield from _solved([p for p in problems if not p.option.rotated], curvature, rounds, batch)
@@ -170,7 +169,8 @@ def _solved(
 ) -> Iterator[tuple[int, Decomposition]]:
     """Every problem under the curvature of its space, `batch` at once."""
     plain = [problem for problem in problems if problem.option.rank == 0]
-    low_rank = [problem for problem in problems if problem.option.bits == 0]
+    low_rank = [problem for problem in problems if problem.option.bits == 0 and problem.option.heads == 1]
+    head_wise = [problem for problem in problems if problem.option.heads > 1]
     mixed = [problem for problem in problems if problem.option.bits and problem.option.rank]
     starts = _Starts(curvature, mixed + low_rank)
     for chunk in _batches(plain, batch):
@@ -180,8 +180,23 @@ def _solved(
             yield problem.place, Decomposition(problem.option, better, None)
     for problem in low_rank:
         yield problem.place, Decomposition(problem.option, None, starts.part(problem).factors)
+    for problem in head_wise:
+        yield problem.place, Decomposition(problem.option, None, _of_heads(problem, curvature))
     for chunk in _batches(mixed, batch):
         yield from ((s.problem.place, s.best) for s in _alternate(chunk, curvature, starts, rounds))
+
+
+def _check_rank(rows: int, columns: int, option: Option) -> None:
+    if rows % option.heads:
+        raise RankError(
+            f"{option.heads} heads do not divide the {rows} rows of a matrix; profile the model again"
+        )
+    height = rows // option.heads
+    if option.rank > min(height, columns):
+        raise RankError(
+            f"rank {option.rank} exceeds the smaller side of a {height} × {columns} matrix;"
+            f" use at most {min(height, columns)}"
+        )
 
 
 _Start = tuple[int, int, int]
@@ -247,6 +262,16 @@ def _alternate(
         _absorb(search, curvature)
     _polish(searches, curvature)
     return searches
+
+
+def _of_heads(problem: _Problem, curvature: Curvature) -> Factors:
+    """The best low-rank part of every head's rows of W, each as a matrix of its own."""
+    w_OI, option = problem.weight_OI, problem.option
+    weighted_HOI = through(w_OI, curvature.root_II).unflatten(0, (option.heads, -1))
+    direction_HOr = leading_directions(weighted_HOI, option.rank)
+    blocks = w_OI.chunk(option.heads)
+    left_rO, right_rI = stacked(blocks, list(direction_HOr), curvature.factor_II, option.factor_bits)
+    return Factors(left_rO, right_rI, option.heads)
 
 
 @dataclass(frozen=True, slots=True)

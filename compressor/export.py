@@ -36,6 +36,7 @@ from allocator.plan import Plan, PlanLayer
 from allocator.storage import FACTOR_GROUP_SIZE, KEEP_BITS
 from compressor.grid import Quantized
 from compressor.linear import left_name, matrix_names
+from compressor.lowrank import product
 from compressor.packing import unpack
 from compressor.worker import (
     INDEX,
@@ -141,7 +142,7 @@ def translated(
         if layer.bits == 0:
             assert factors is not None
             exported.dense.append(name)
-            yield f"{name}.weight", (factors[0] @ factors[1]).bfloat16()
+            yield f"{name}.weight", product(*factors, layer.heads).bfloat16()
             continue
         if factors is not None:
             exported.factors[name] = factors
@@ -168,15 +169,16 @@ def stored_matrix(
 
 
 def stored_factors(tensors: dict[str, Tensor], layer: PlanLayer, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """L (O, k) and R (k, I): bfloat16 if they are stored so, else float32, which holds their values exactly."""
+    """L and R as `lowrank.Factors` has them: bfloat16 if they are stored so, else float32, which holds their values
+    exactly."""
 
     def factor(name: str, width: int) -> Tensor:
         if layer.factor_bits == KEEP_BITS:
             return tensors[name]
         return stored_matrix(tensors, name, width, layer.factor_bits, FACTOR_GROUP_SIZE).dequantize()
 
-    left_kO = factor(left_name(layer.option), linear.out_features)
-    return left_kO.T, factor("right", linear.in_features)
+    left_kO = factor(left_name(layer.option), linear.out_features // layer.heads)
+    return left_kO, factor("right", linear.in_features)
 
 
 def with_whole_groups(quantized: Quantized) -> Quantized:
@@ -218,12 +220,12 @@ def packed(quantized: Quantized, layout: Layout) -> dict[str, Tensor]:
 def write_adapter(directory: Path, factors: dict[str, tuple[Tensor, Tensor]], plan: Plan) -> None:
     """L as lora_B and R as lora_A, padded with zeros to one rank, so that every reader scales them by 1."""
     directory.mkdir()
-    config = adapter_config({name: left_Ok.shape[1] for name, (left_Ok, _) in factors.items()}, plan.model.id)
+    config = adapter_config({name: len(left_kO) for name, (left_kO, _) in factors.items()}, plan.model.id)
     rank, tensors = config["r"], {}
-    for name, (left_Ok, right_kI) in factors.items():
-        missing = rank - left_Ok.shape[1]
+    for name, (left_kO, right_kI) in factors.items():
+        missing = rank - len(left_kO)
         tensors[ADAPTER_KEY.format(layer=name, side="A")] = F.pad(right_kI, (0, 0, 0, missing)).contiguous()
-        tensors[ADAPTER_KEY.format(layer=name, side="B")] = F.pad(left_Ok, (0, missing)).contiguous()
+        tensors[ADAPTER_KEY.format(layer=name, side="B")] = F.pad(left_kO.T, (0, missing)).contiguous()
     write_tensors(directory / "adapter_model.safetensors", tensors)
     write_json(directory / "adapter_config.json", config)
 

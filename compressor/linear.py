@@ -4,9 +4,9 @@ What lives here: `CompressedLinear` and its tensors. Their bytes are counted in 
 to a checkpoint is for `worker.py`, loading them for `plugin.py`.
 
 Tensors of a layer: `weight` int32 (O, words) packed codes, `weight_scale` bfloat16 (O, G), `weight_zero` int32
-(1, words) packed zero points; for `left` and `right` the same three with O = rank, or one bfloat16 matrix. The
-packed tensor carries the name of the original one, so that loading without the plug-in fails on its shape; in pure
-low rank, where there is no Q, `left` does.
+(1, words) packed zero points; for `left` and `right` the same three with O = rank, or one bfloat16 matrix. Where heads
+have factors of their own, O = heads·rank, and a row of `left` is one head's. The packed tensor carries the name of the
+original one, so that loading without the plug-in fails on its shape; in pure low rank, without Q, `left` does.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from allocator.storage import FACTOR_GROUP_SIZE, KEEP_BITS, Option, ceil_div
 from compressor.decompose import Decomposition
 from compressor.grid import Quantized
 from compressor.incoherence import restored, rotated, rotation
+from compressor.lowrank import product
 from compressor.packing import pack, unpack, words
 
 TILE = 2**24
@@ -72,17 +73,17 @@ class CompressedLinear(nn.Module):
         if option.bits:
             self._add_matrix("weight", rows, columns, option.bits, option.group_size)
         if option.rank:
-            self._add_factor(left_name(option), rows)
+            self._add_factor(left_name(option), rows // option.heads)
             self._add_factor("right", columns)
         self._has_kernel = _has_kernel(columns, option)
         self.register_parameter("bias", _parameter((rows,), torch.get_default_dtype()) if bias else None)
 
     def _add_factor(self, name: str, width: int) -> None:
-        rank, bits = self.option.rank, self.option.factor_bits
+        vectors, bits = self.option.heads * self.option.rank, self.option.factor_bits
         if bits == KEEP_BITS:
-            self.register_parameter(name, _parameter((rank, width), torch.bfloat16))
+            self.register_parameter(name, _parameter((vectors, width), torch.bfloat16))
             return
-        self._add_matrix(name, rank, width, bits, FACTOR_GROUP_SIZE)
+        self._add_matrix(name, vectors, width, bits, FACTOR_GROUP_SIZE)
 
     def _add_matrix(self, name: str, rows: int, columns: int, bits: int, group_size: int) -> None:
         codes, scale, zero = matrix_names(name)
@@ -122,14 +123,18 @@ class CompressedLinear(nn.Module):
     def _factor(self, name: str, width: int) -> Tensor:
         return self._dense(name, width) if self._is_quantized(name) else getattr(self, name).float()
 
+    def _left(self) -> Tensor:
+        """L as it is stored, float32 (heads·rank, O/heads)."""
+        return self._factor(left_name(self.option), self.out_features // self.option.heads)
+
     def dense_weight(self) -> Tensor:
         """Q + L·R as it acts on x, float32 (O, I)."""
         weight_OI = torch.zeros(self.out_features, self.in_features)
         if self.option.bits:
             weight_OI = self._dense("weight", self.in_features)
         if self.option.rank:
-            left_rO = self._factor(left_name(self.option), self.out_features)
-            weight_OI = weight_OI + left_rO.T @ self._factor("right", self.in_features)
+            right_rI = self._factor("right", self.in_features)
+            weight_OI = weight_OI + product(self._left(), right_rI, self.option.heads)
         return restored(weight_OI, self.rotation(weight_OI)) if self.option.rotated else weight_OI
 
     def rotation(self, x: Tensor) -> Tensor:
@@ -202,11 +207,19 @@ class CompressedLinear(nn.Module):
             output = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
         if self.option.rank:
             hidden = F.linear(x, self._factor("right", self.in_features).to(x.dtype))
-            output = output + hidden @ self._factor(left_name(self.option), self.out_features).to(x.dtype)
+            output = output + through_left(hidden, self._left().to(x.dtype), self.option.heads)
         return output
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, option={self.option}"
+
+
+def through_left(hidden: Tensor, left_rO: Tensor, heads: int) -> Tensor:
+    """x·Rᵀ (…, heads·rank) by Lᵀ as it is stored (heads·rank, O/heads) -> (…, O), every head by its own rows."""
+    if heads == 1:
+        return hidden @ left_rO
+    by_head, left_hrO = hidden.unflatten(-1, (heads, -1)), left_rO.unflatten(0, (heads, -1))
+    return torch.einsum("...hr,hro->...ho", by_head, left_hrO).flatten(-2)
 
 
 def _has_kernel(columns: int, option: Option) -> bool:

@@ -39,14 +39,25 @@ DEPENDENT = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """L (O, r), stored as its transpose, and R (r, I); quantized, or bfloat16 where factor_bits is 16."""
+    """L (O, r), stored as its transpose, and R (r, I); quantized, or bfloat16 where factor_bits is 16.
+
+    Of several heads, below each other: L (heads·r, O/heads) as it is stored, R (heads·r, I).
+    """
 
     left_rO: Quantized | Tensor
     right_rI: Quantized | Tensor
+    heads: int = 1
 
     def product(self) -> Tensor:
         """L·R, float32 (O, I)."""
-        return dense(self.left_rO).T @ dense(self.right_rI)
+        return product(dense(self.left_rO), dense(self.right_rI), self.heads)
+
+
+def product(left_rO: Tensor, right_rI: Tensor, heads: int) -> Tensor:
+    """L·R (O, I) from factors as `Factors` stores them."""
+    if heads == 1:
+        return left_rO.T @ right_rI
+    return (left_rO.unflatten(0, (heads, -1)).mT @ right_rI.unflatten(0, (heads, -1))).flatten(0, 1)
 
 
 def dense(factor: Quantized | Tensor) -> Tensor:
@@ -120,22 +131,29 @@ def factorize(
 
     factor from `gptq.inverse_factor`. All rows of all factors are rounded at once.
     """
+    left_RO, right_RI = stacked(residuals, directions, factor_II, factor_bits)
+    parts, first = [], 0
+    for direction_Or in directions:
+        part = slice(first, first + direction_Or.shape[1])
+        parts.append(Factors(_rows(left_RO, part), _rows(right_RI, part)))
+        first = part.stop
+    return parts
+
+
+def stacked(
+    residuals: Sequence[Tensor], directions: Sequence[Tensor], factor_II: Tensor, factor_bits: int
+) -> tuple[Quantized | Tensor, Quantized | Tensor]:
+    """L and R as `factorize` has them, those of all residuals below each other."""
     left_RO = _rounded(
         torch.cat([direction_Or.T for direction_Or in directions]), factor_bits, round_to_nearest
     )
-    ranks = [direction_Or.shape[1] for direction_Or in directions]
-    lefts = dense(left_RO).split(ranks)
+    lefts = dense(left_RO).split([direction_Or.shape[1] for direction_Or in directions])
     rights = [
         torch.linalg.solve_ex(left_rO @ left_rO.T, left_rO @ residual_OI).result
         for left_rO, residual_OI in zip(lefts, residuals, strict=True)
     ]
     right_RI = _rounded(torch.cat(rights), factor_bits, partial(_round_right, factor_II))
-    parts, first = [], 0
-    for rank in ranks:
-        part = slice(first, first + rank)
-        parts.append(Factors(_rows(left_RO, part), _rows(right_RI, part)))
-        first += rank
-    return parts
+    return left_RO, right_RI
 
 
 def _rounded(

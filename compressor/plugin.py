@@ -1,8 +1,8 @@
 """The transformers plug-in: importing this module lets `from_pretrained` load checkpoints that bitrank wrote.
 
 The checkpoint's config.json carries `quantization_config`: quant_method "bitrank", and for every compressed layer
-its (bits, rank, group_size, factor_bits), and rotated where it is. Without this import transformers does not know
-the method, takes the packed `weight` for a plain one and stops at its shape.
+its (bits, rank, group_size, factor_bits), heads where there are several, and rotated where it is. Without this import
+transformers does not know the method, takes the packed `weight` for a plain one and stops at its shape.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
         "quant_method": METHOD,
         "format_version": FORMAT_VERSION,
         "layers": {
-            name: layer.model_dump(include={"bits", "rank", "group_size", "factor_bits", "rotated"})
+            name: layer.model_dump(include={"bits", "rank", "group_size", "factor_bits", "heads", "rotated"})
             for name, layer in plan.layers.items()
             if layer.bits != KEEP_BITS
         },

@@ -64,6 +64,11 @@ def heads_of(loaded: LoadedModel, layer: Layer) -> tuple[Head, ...]:
     return tuple(_heads(loaded, layer, role))
 
 
+def separable_heads(loaded: LoadedModel, layer: Layer) -> int:
+    """How many heads a query, key or value projection of its own has, one below the other; 1 for any other layer."""
+    return max(1, len(heads_of(loaded, layer))) if role_of(layer) in ("q", "k", "v") else 1
+
+
 def _heads(loaded: LoadedModel, layer: Layer, role: str) -> Iterator[Head]:
     config = loaded.model.config.get_text_config()
     queries = int(config.num_attention_heads)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from allocator.storage import Option
+from allocator.storage import Option, head_rank
 
 if TYPE_CHECKING:
     from profiler.layers import Layer
@@ -22,7 +22,8 @@ FACTOR_BITS = (4,)
 class GridSettings:
     """What the sweep measures: every bits × group size at rank 0, and every bits × rank at `rank_group_sizes`.
 
-    0 bits are low rank alone, which has no groups. rotations: every option at rank 0 also of rotated inputs, where
+    0 bits are low rank alone, which has no groups. head_ratios: shares of the full rank of a head, low rank alone for
+    every head of a query, key or value projection. rotations: every option at rank 0 also of rotated inputs, where
     these have a rotation.
     """
 
@@ -31,9 +32,10 @@ class GridSettings:
     group_sizes: tuple[int, ...]
     rank_group_sizes: tuple[int, ...]
     factor_bits: tuple[int, ...]
+    head_ratios: Annotated[tuple[float, ...], Field(exclude_if=not_)] = ()
     rotations: Annotated[bool, Field(exclude_if=not_)] = False
 
-    def options(self, layer: Layer) -> list[Option]:
+    def options(self, layer: Layer, heads: int = 1) -> list[Option]:
         """The options of one layer; ranks above half its smaller side are left out, they would cost more than W."""
         plain = [Option(bits, 0, size, 0) for bits in self.bits if bits for size in self.group_sizes]
         mixed = [
@@ -44,7 +46,7 @@ class GridSettings:
             for factor_bits in self.factor_bits
             if 0 < rank <= min(layer.rows, layer.columns) // 2
         ]
-        return plain + self._rotated(plain, layer) + mixed
+        return plain + self._rotated(plain, layer) + mixed + self._head_wise(layer, heads)
 
     def _rotated(self, plain: list[Option], layer: Layer) -> list[Option]:
         from compressor.incoherence import is_mixing
@@ -52,6 +54,12 @@ class GridSettings:
         if not self.rotations or not is_mixing(layer.columns):
             return []
         return [replace(option, rotated=True) for option in plain]
+
+    def _head_wise(self, layer: Layer, heads: int) -> list[Option]:
+        if heads == 1:
+            return []
+        ranks = {head_rank(ratio, layer.rows, layer.columns, heads) for ratio in self.head_ratios}
+        return [Option(0, rank, 0, bits, heads) for rank in sorted(ranks) for bits in self.factor_bits]
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 COLUMNS = ("layer", *(field.name for field in fields(Option)), "error", "half_width")
-LATER_COLUMNS = {"rotated": False, "half_width": 0.0}
+LATER_COLUMNS = {"heads": 1, "rotated": False, "half_width": 0.0}
 """Columns that a table may lack, and what they then hold."""
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from allocator.atomic import write_atomically
 from allocator.storage import KEEP_BITS
 from compressor.incoherence import rotated, rotation
-from compressor.linear import CompressedLinear, left_name, matrix_names
+from compressor.linear import CompressedLinear, left_name, matrix_names, through_left
 from compressor.packing import unpack
 from compressor.worker import AUXILIARY, check_output, put_in_place, with_metadata
 from profiler.calibration import Progress
@@ -104,10 +104,10 @@ class TrainableLinear(nn.Module):
         super().__init__()
         option = layer.option
         self.left = left_name(option) if option.rank else None
-        self.bias = layer.bias
+        self.heads, self.bias = option.heads, layer.bias
         widths = {"weight": layer.in_features} if option.bits else {}
         if self.left:
-            widths |= {self.left: layer.out_features, "right": layer.in_features}
+            widths |= {self.left: layer.out_features // option.heads, "right": layer.in_features}
         self.matrices = nn.ModuleDict(
             {
                 name: TrainableFactor(getattr(layer, name))
@@ -125,7 +125,8 @@ class TrainableLinear(nn.Module):
         if self.has_grid:
             parts.append(F.linear(x, self.matrices["weight"]()))
         if self.left:
-            parts.append(F.linear(x, self.matrices["right"]()) @ self.matrices[self.left]())
+            hidden = F.linear(x, self.matrices["right"]())
+            parts.append(through_left(hidden, self.matrices[self.left](), self.heads))
         output = sum(parts[1:], parts[0])
         return output if self.bias is None else output + self.bias
 

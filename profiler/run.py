@@ -55,6 +55,7 @@ from profiler.memory import return_fragments, return_freed_memory
 from profiler.probes import PROBES, keeper, measure_probes
 from profiler.profile import (
     COLUMNS,
+    LATER_COLUMNS,
     SCHEMA_VERSION,
     CalibrationRecord,
     LayerRecord,
@@ -75,8 +76,8 @@ PROBE_SHARE = 5
 class ProfileSettings:
     """How to profile. `calibration` None samples text from the model itself; ranks None picks them by width;
     rank_group_sizes None measures ranks at group 64 alone (at all three, the sweep takes about three times as long);
-    adaptive measures a few options of every layer and predicts those that it can (`closed_form.py`); rotations measures
-    every option at rank 0 of rotated inputs too."""
+    adaptive measures a few options of every layer and predicts those that it can (`closed_form.py`); head_ratios and
+    rotations as in `GridSettings`."""
 
     calibration: Path | None = None
     tokens: int = DEFAULT_TOKENS
@@ -89,6 +90,7 @@ class ProfileSettings:
     factor_bits: tuple[int, ...] = FACTOR_BITS
     rounds: int = ROUNDS
     adaptive: bool = False
+    head_ratios: tuple[float, ...] = ()
     rotations: bool = False
 
 
@@ -282,7 +284,13 @@ def grid_of(loaded: LoadedModel, settings: ProfileSettings) -> GridSettings:
     usual = tuple(g for g in settings.group_sizes if g == 64) or settings.group_sizes[:1]
     rank_groups = settings.rank_group_sizes or usual
     return GridSettings(
-        settings.bits, ranks, settings.group_sizes, rank_groups, settings.factor_bits, settings.rotations
+        settings.bits,
+        ranks,
+        settings.group_sizes,
+        rank_groups,
+        settings.factor_bits,
+        settings.head_ratios,
+        settings.rotations,
     )
 
 
@@ -411,8 +419,9 @@ def layer_record(sweep: LayerSweep, bytes_per_weight: int) -> LayerRecord:
 def measurements_table(sweeps: Sequence[LayerSweep]) -> bytes:
     rows = [(s.layer.name, *astuple(m.option), m.error, m.half_width) for s in sweeps for m in s.measurements]
     columns = {name: list(column) for name, column in zip(COLUMNS, zip(*rows, strict=True), strict=True)}
-    if not any(columns["rotated"]):
-        del columns["rotated"]
+    for name in ("heads", "rotated"):
+        if set(columns[name]) <= {LATER_COLUMNS[name]}:
+            del columns[name]
     table = pa.table(columns)
     buffer = BytesIO()
     parquet.write_table(table, buffer)

@@ -23,6 +23,7 @@ from profiler.closed_form import (
     predictable,
     spectrum_option,
 )
+from profiler.heads import separable_heads
 from profiler.layers import Layer, LoadedModel
 from profiler.measurement import GridSettings, Measurement
 
@@ -79,9 +80,10 @@ def sweep_moment(
     Adaptive: a few options of every layer are measured, and more until every other has an interval within `WIDE`.
     """
     curvature = Curvature.of(moment.hessian_II)
-    for shape in sorted({(layer.rows, layer.columns) for layer in moment.layers}):
-        members = [layer for layer in moment.layers if (layer.rows, layer.columns) == shape]
-        bench = _Bench(loaded, curvature, members, grid, keep, rounds)
+    kinds = {layer: (layer.rows, layer.columns, separable_heads(loaded, layer)) for layer in moment.layers}
+    for kind in sorted(set(kinds.values())):
+        members = [layer for layer in moment.layers if kinds[layer] == kind]
+        bench = _Bench(loaded, curvature, members, grid.options(members[0], kind[2]), keep, rounds)
         jobs = bench.first(adaptive)
         while jobs:
             bench.measure(jobs)
@@ -103,20 +105,20 @@ Job = tuple[Layer, Option]
 
 
 class _Bench:
-    """Layers of one shape under one Hessian: what was measured of each so far, and what that predicts."""
+    """Layers of one shape and as many heads under one Hessian: what was measured of each, and what that predicts."""
 
     def __init__(
         self,
         loaded: LoadedModel,
         curvature: Curvature,
         members: Sequence[Layer],
-        grid: GridSettings,
+        options: Sequence[Option],
         keep: Callable[[Layer, Decomposition], None],
         rounds: int,
     ) -> None:
         self.curvature, self.members, self.keep, self.rounds = curvature, members, keep, rounds
         self.elements = elements_in_flight(loaded)
-        self.options = grid.options(members[0])
+        self.options = options
         self.formed, self.spectrum = predictable(self.options), spectrum_option(self.options)
         self.weights = {layer.name: loaded.weight(layer) for layer in members}
         self.signal = {
@@ -145,7 +147,7 @@ class _Bench:
             error = squared_error(w_OI, dense_OI, self.curvature.hessian_II)
             self.found[layer.name].append(Measurement(option, error / max(signal, 1e-30)))
             if option == self.spectrum:
-                ranks = sorted({option.rank for option in self.options} - {0})
+                ranks = sorted({option.rank for option in self.formed} - {0})
                 form = ClosedForm.of(w_OI, w_OI - dense_OI, self.curvature, signal, ranks)
                 self.forms[layer.name] = form
 

@@ -7,6 +7,7 @@ measuring each trial against the original. Memory is that of one block; the pack
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -98,5 +99,4 @@ def trial_weight(loaded: LoadedModel, layer: Layer, option: Option, folder: Path
 
 
 def _file(folder: Path, name: str, option: Option) -> Path:
-    parts = [option.bits, option.rank, option.group_size, option.factor_bits, *["rotated"] * option.rotated]
-    return folder / f"{name}.{'-'.join(map(str, parts))}.safetensors"
+    return folder / f"{name}.{'-'.join(map(str, astuple(option)))}.safetensors"

@@ -30,6 +30,16 @@ def refuse_rotations(plan: Plan) -> None:
         )
 
 
+def refuse_heads(plan: Plan, tool: str, advice: str) -> None:
+    """Raise `ExportError` when heads have factors of their own, which `tool` cannot say."""
+    headed = [name for name, layer in plan.layers.items() if layer.heads > 1]
+    if headed:
+        raise ExportError(
+            f"{tool} has one rank a matrix, and the plan gives every head one of its own in {len(headed)} layers, the"
+            f" first {headed[0]}; {advice}"
+        )
+
+
 def refuse_widths(plan: Plan, tool: str, widths: Collection[int], advice: str) -> None:
     """Raise `ExportError` when a layer has bits that `tool` does not run; kept layers always pass."""
     for name, layer in plan.layers.items():

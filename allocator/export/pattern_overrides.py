@@ -13,6 +13,7 @@ from glob import escape
 
 import yaml  # type: ignore[import-untyped]
 
+from allocator.export.limits import refuse_heads
 from allocator.export.patterns import NUMBERED
 from allocator.plan import Plan
 from allocator.storage import Option
@@ -22,7 +23,8 @@ KEYS = ("bits", "rank", "group_size", "factor_bits")
 
 
 def overrides(plan: Plan) -> str:
-    """YAML, one mapping `pattern_overrides`."""
+    """YAML, one mapping `pattern_overrides`. Raises `ExportError` where heads have factors of their own."""
+    refuse_heads(plan, "a pattern override", "plan without head-wise options: profile without --head-ratios")
     found = pattern_overrides({name: layer.option for name, layer in plan.layers.items()})
     text: str = yaml.safe_dump(
         {"pattern_overrides": found}, sort_keys=False, default_flow_style=None, width=1_000_000

@@ -16,8 +16,8 @@ from allocator.plan import Plan
 
 
 def config(plan: Plan) -> str:
-    """JSON. Raises `ExportError` when the plan buys no rank."""
-    ranks = {name: layer.rank for name, layer in plan.layers.items() if layer.rank}
+    """JSON; pure low rank is no part of the adapter. Raises `ExportError` when the plan buys no rank beside bits."""
+    ranks = {name: layer.rank for name, layer in plan.layers.items() if layer.rank and layer.bits}
     if not ranks:
         raise ExportError(
             "the plan buys no rank, so it has no adapter; serve the compressed-tensors checkpoint alone"

@@ -16,7 +16,8 @@ window.bitrank = (() => {
   const literal = (value) => ({ value, scale: null });
   const value = (key) => (d) => (Number.isInteger(d[key]) ? String(d[key]) : number(d[key]));
   const factorBits = (d) => (d.rank > 0 ? String(d.factor_bits) : "–");
-  const grid = { bits: value("bits"), rank: value("rank"), group: value("group_size"), "factor bits": factorBits };
+  const rankOf = (d) => (d.heads > 1 ? `${d.rank} × ${d.heads} heads` : String(d.rank));
+  const grid = { bits: value("bits"), rank: rankOf, group: value("group_size"), "factor bits": factorBits };
 
   /** Three significant digits, in powers of ten where very small; a dash for what is not known. */
   function number(value) {
@@ -352,7 +353,7 @@ window.bitrank = (() => {
       const bytes = (d) => d3.format(",")(d.total_bytes);
       const title = (d) =>
         `${d.name}\n${d.bits} bits, group ${d.group_size}${d.rotated ? ", rotated" : ""}\n` +
-        `${d.rank > 0 ? `rank ${d.rank}, ${d.factor_bits}-bit factors\n` : ""}` +
+        `${d.rank > 0 ? `rank ${rankOf(d)}, ${d.factor_bits}-bit factors\n` : ""}` +
         `error ${number(d.error)}\ncost ${nats(d.cost)}\n${bytes(d)} bytes`;
       const drawMap = (width) =>
         draw({

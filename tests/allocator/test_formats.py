@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -33,16 +34,13 @@ KEPT = {
 }
 PLAIN = [Option(bits, 0, size, 0) for bits in (2, 3, 4, 8) for size in (32, 64)]
 RANKED = [Option(3, 8, 64, 4), Option(2, 32, 64, 8), Option(0, 16, 0, 4)]
+HEADED = Option(0, 32, 0, 4, heads=3)
 
 
 def plan_of(options: Mapping[str, Option], target: str | None = None) -> Plan:
     layers = {
-        name: PlanLayer(
-            bits=o.bits, rank=o.rank, group_size=o.group_size, factor_bits=o.factor_bits,
-            bytes=1, error=0.0, cost=0.0, rotated=o.rotated,
-        )
-        for name, o in options.items()
-    }  # fmt: skip
+        name: PlanLayer(**asdict(option), bytes=1, error=0.0, cost=0.0) for name, option in options.items()
+    }
     return Plan(
         schema_version=1, model=PlanModel(id="m", revision=None, weights_sha256="w"), profile_sha256="p",
         budget=PlanBudget(text="3bpw", bytes=1), total_bytes=1, predicted_kl=0.0, predicted_kl_interval=(0.0, 0.0),
@@ -306,6 +304,12 @@ def test_the_adapter_configuration_names_the_ranked_layers_and_one_rank() -> Non
     assert not {"rank_pattern", "alpha_pattern"} & config.keys()
 
 
+def test_pure_low_rank_is_no_part_of_the_adapter() -> None:
+    options = dict.fromkeys(NAMES, PLAIN[0]) | {NAMES[3]: RANKED[0], NAMES[9]: HEADED}
+    config = json.loads(text("peft", options))
+    assert (config["target_modules"], config["r"]) == ([NAMES[3]], 8)
+
+
 # Bad input
 
 
@@ -332,11 +336,20 @@ def test_bits_that_a_tool_does_not_run_are_refused_with_advice(name: str) -> Non
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_rotated_inputs_are_refused_by_every_format_with_advice(name: str) -> None:
-    options = {NAMES[0]: Option(4, 0, 64, 0), NAMES[1]: Option(4, 0, 64, 0, True)}
+    options = {NAMES[0]: Option(4, 0, 64, 0), NAMES[1]: Option(4, 0, 64, 0, rotated=True)}
     with pytest.raises(
         ExportError, match=rf"1 layers, the first {re.escape(NAMES[1])}.*plan again with --target"
     ):
         text(name, options)
+
+
+def test_a_rank_of_every_head_is_refused_where_a_tool_would_take_it_for_the_matrix_s() -> None:
+    options = dict.fromkeys(NAMES, PLAIN[0]) | {NAMES[3]: HEADED}
+    with pytest.raises(ExportError, match=rf"first {re.escape(NAMES[3])}; .*profile without --head-ratios"):
+        text("pattern-overrides", options)
+    for name in ("gptqmodel", "llm-compressor", "llama-quantize"):
+        with pytest.raises(ExportError, match="--target"):
+            text(name, options)
 
 
 def test_a_plan_without_ranks_has_no_adapter() -> None:

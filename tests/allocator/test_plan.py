@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from allocator.budget import parse_budget
 from allocator.errors import BudgetAboveOriginalError, InfeasibleError, PlanError
-from allocator.plan import Plan, PlanBudget, PlanModel, budget_bytes, load_plan
+from allocator.plan import Plan, PlanBudget, PlanLayer, PlanModel, budget_bytes, load_plan
 from allocator.planner import Planner
 from allocator.problem import LayerMenu, Menu
 from allocator.storage import KEEP, Option, layer_bytes
@@ -130,6 +131,31 @@ def test_only_a_rotated_layer_says_so_in_the_file(menu: Menu, tmp_path: Path) ->
     assert written[first]["rotated"] is True and not any("rotated" in written[name] for name in others)
     assert load_plan(tmp_path / "plan.json") == plan
     assert plan.layers[first].option.rotated and not plan.layers[others[0]].option.rotated
+
+
+def test_heads_are_in_the_file_of_the_layers_that_have_them_alone(menu: Menu, tmp_path: Path) -> None:
+    plan = plan_at(menu, "45%")
+    headed = PlanLayer(**asdict(Option(0, 8, 0, 4, heads=4)), bytes=1, error=0.0, cost=0.0)
+    plan = plan.model_copy(update={"layers": {**plan.layers, "block.1": headed}})
+    plan.save(tmp_path / "plan.json")
+    layers = json.loads((tmp_path / "plan.json").read_text())["layers"]
+    assert {name: layer["heads"] for name, layer in layers.items() if "heads" in layer} == {"block.1": 4}
+    assert load_plan(tmp_path / "plan.json").layers["block.1"].option == Option(0, 8, 0, 4, heads=4)
+    assert load_plan(tmp_path / "plan.json") == plan
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"), [({"heads": 4}, "4 heads go with 0 bits"), ({"heads": 0}, "heads")]
+)
+def test_heads_beside_bits_are_refused(
+    menu: Menu, tmp_path: Path, damage: dict[str, int], complaint: str
+) -> None:
+    plan_at(menu, "45%").save(tmp_path / "plan.json")
+    document = json.loads((tmp_path / "plan.json").read_text())
+    document["layers"]["block.0"] |= damage
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    with pytest.raises(PlanError, match=complaint):
+        load_plan(tmp_path / "plan.json")
 
 
 def test_one_plan_has_one_file(menu: Menu, tmp_path: Path) -> None:

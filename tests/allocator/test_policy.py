@@ -22,10 +22,10 @@ OPTIONS = (
 )
 
 
-def layer(name: str, rows: int = 64, columns: int = 64) -> LayerMenu:
-    size = np.array([layer_bytes(rows, columns, o, 2 * rows * columns) for o in OPTIONS])
-    error = np.linspace(1, 0, len(OPTIONS))
-    return LayerMenu(name, rows, columns, 2 * rows * columns, OPTIONS, size, error, error)
+def layer(name: str, rows: int = 64, columns: int = 64, options: tuple[Option, ...] = OPTIONS) -> LayerMenu:
+    size = np.array([layer_bytes(rows, columns, o, 2 * rows * columns) for o in options])
+    error = np.linspace(1, 0, len(options))
+    return LayerMenu(name, rows, columns, 2 * rows * columns, options, size, error, error)
 
 
 MENU = Menu(
@@ -38,10 +38,27 @@ MENU = Menu(
 )
 
 
-def options(policy: Policy, energies: dict[str, dict[int, float]] | None = None) -> dict[str, Option]:
-    rules = policy.resolved(MENU, energies or {})
-    choice = choose(parse_strategy("policy", rules), MENU, MENU.original_bytes)
-    return {layer.name: layer.options[k] for layer, k in zip(MENU.layers, choice, strict=True)}
+HEADED = Menu(
+    tuple(
+        layer(
+            f"h.0.{part}",
+            16 * heads,
+            64,
+            (*(Option(0, r, 0, 4, heads) for r in ranks if heads > 1), *OPTIONS),
+        )
+        for part, heads, ranks in (("q", 4, (8, 14)), ("k", 2, (8, 14)), ("v", 2, (8, 14, 16)), ("o", 1, ()))
+    ),
+    {"wte": 1000},
+)
+"""Heads of 16 rows: four queries, two keys and values; ratios of a half, 0.875, and of the values 1."""
+
+
+def options(
+    policy: Policy, energies: dict[str, dict[int, float]] | None = None, menu: Menu = MENU
+) -> dict[str, Option]:
+    rules = policy.resolved(menu, energies or {})
+    choice = choose(parse_strategy("policy", rules), menu, menu.original_bytes)
+    return {layer.name: layer.options[k] for layer, k in zip(menu.layers, choice, strict=True)}
 
 
 def policy(*rules: PolicyRule) -> Policy:
@@ -100,6 +117,37 @@ def test_an_energy_that_no_profiled_rank_holds_is_refused_with_the_most_they_hol
         options(policy(PolicyRule(bits=0, energy=0.99)), held)
 
 
+def test_a_head_ratio_gives_every_layer_with_heads_its_own_and_leaves_the_others_to_later_rules() -> None:
+    found = options(
+        policy(PolicyRule(bits=0, head_ratio=0.9, factor_bits=4), PolicyRule(bits=3)), menu=HEADED
+    )
+    assert found == {
+        "h.0.q": Option(0, 14, 0, 4, heads=4),
+        "h.0.k": Option(0, 14, 0, 4, heads=2),
+        "h.0.v": Option(0, 14, 0, 4, heads=2),
+        "h.0.o": Option(3, 0, 64, 0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("rule", "menu", "complaint"),
+    [
+        (PolicyRule(bits=0, head_ratio=1, factor_bits=4), HEADED, "'h.0.q', which has 0.5, 0.875 with 4-bit"),
+        (
+            PolicyRule(bits=0, head_ratio=0.5),
+            HEADED,
+            r"0.5 with 8-bit .*profile with --head-ratios 0.5 .*-bits 8",
+        ),
+        (PolicyRule(bits=0, head_ratio=0.5), MENU, r"none was profiled; profile with --head-ratios 0.5"),
+    ],
+)
+def test_a_head_ratio_that_was_not_profiled_is_refused_with_those_that_were(
+    rule: PolicyRule, menu: Menu, complaint: str
+) -> None:
+    with pytest.raises(StrategyError, match=complaint):
+        options(policy(rule, PolicyRule(bits=3)), menu=menu)
+
+
 def test_a_layer_without_a_rule_is_named() -> None:
     with pytest.raises(StrategyError, match="no rule covers 'transformer.h.0.mlp.c_fc'"):
         options(policy(PolicyRule(layers=("*attn*",), bits=2)))
@@ -143,8 +191,11 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ("rules: []", "malformed at rules"),
         ("rules:\n- {layers: ['*']}", "either keep or bits"),
         ("rules:\n- {bits: 3, keep: true}", "either keep or bits"),
-        ("rules:\n- {bits: 0}", "needs a rank or an energy"),
-        ("rules:\n- {bits: 3, rank: 8, energy: 0.9}", "not both"),
+        ("rules:\n- {bits: 0}", "needs a rank, an energy or a head_ratio"),
+        ("rules:\n- {bits: 3, rank: 8, energy: 0.9}", "one of rank, energy and head_ratio"),
+        ("rules:\n- {bits: 0, rank: 8, head_ratio: 0.9}", "one of rank, energy and head_ratio"),
+        ("rules:\n- {bits: 3, head_ratio: 0.9}", "goes with 0 bits"),
+        ("rules:\n- {bits: 0, head_ratio: 1.5}", "malformed at rules.0.head_ratio"),
         ("rules:\n- {bits: 3, ranc: 8}", "malformed at rules.0.ranc"),
         ("rules:\n- {bits: 1}", "malformed at rules.0.bits"),
         ("rules: [", "cannot read the policy"),

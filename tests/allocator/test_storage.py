@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allocator.storage import KEEP, Option, factor_bytes, grid_bytes, layer_bytes, packed_bytes
+from allocator.storage import KEEP, Option, factor_bytes, grid_bytes, head_rank, layer_bytes, packed_bytes
 from compressor.decompose import Curvature, decompose
 from compressor.linear import layer_tensors
 
@@ -16,11 +16,13 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 
 @st.composite
 def shapes_and_options(draw: st.DrawFn) -> tuple[int, int, Option]:
-    rows, columns = draw(st.integers(1, 70)), draw(st.integers(1, 300))
+    height, columns = draw(st.integers(1, 70)), draw(st.integers(1, 300))
     bits = draw(st.sampled_from((0, *WIDTHS)))
-    rank = draw(st.integers(0 if bits else 1, min(rows, columns, 12)))
+    heads = 1 if bits else draw(st.integers(1, 4))
+    rank = draw(st.integers(0 if bits else 1, min(height, columns, 12)))
     group_size = draw(st.sampled_from((32, 64, 128))) if bits else 0
-    return rows, columns, Option(bits, rank, group_size, draw(st.sampled_from((4, 8, 16))) if rank else 0)
+    factor_bits = draw(st.sampled_from((4, 8, 16))) if rank else 0
+    return heads * height, columns, Option(bits, rank, group_size, factor_bits, heads)
 
 
 @given(shapes_and_options())
@@ -44,6 +46,21 @@ def test_bytes_by_hand() -> None:
     assert factor_bytes(4, 96, 2, 16) == 2 * 2 * (4 + 96)
     assert factor_bytes(4, 96, 2, 8) == (2 * 32 + 2 * 2 + 32) + (2 * 96 + 4 * 2 + 32)
     assert layer_bytes(4, 96, Option(3, 2, 64, 16), 0) == 172 + 400
+
+
+def test_bytes_of_heads_by_hand() -> None:
+    """Two heads of rank 3 in 8 × 96: six vectors of 4 and six of 96, the dense L of 8 × 6 nowhere."""
+    assert factor_bytes(8, 96, 3, 16, heads=2) == 2 * 6 * (4 + 96)
+    assert factor_bytes(8, 96, 3, 8, heads=2) == (6 * 32 + 6 * 2 + 32) + (6 * 96 + 12 * 2 + 32)
+
+
+@pytest.mark.parametrize(("ratio", "rank"), [(1.0, 64), (0.9, 58), (0.5, 32), (0.001, 1)])
+def test_a_head_ratio_is_a_share_of_a_head_s_full_rank_and_one_at_least(ratio: float, rank: int) -> None:
+    assert head_rank(ratio, 6 * 64, 384, heads=6) == rank
+
+
+def test_a_head_wider_than_its_input_has_the_input_s_rank() -> None:
+    assert head_rank(1.0, 2 * 64, 48, heads=2) == 48
 
 
 @given(

@@ -110,7 +110,7 @@ def test_uniform_takes_the_same_bits_everywhere():
 
 
 def test_only_a_strategy_that_says_so_rotates():
-    turned = Option(3, 0, 64, 0, True)
+    turned = Option(3, 0, 64, 0, rotated=True)
     found = Menu((layer("model.layers.0.up_proj", options=(*PLAIN, turned, KEEP)),), {"embed": 1000})
     (choice,) = uniform(found, 3, rotated=True)
     assert found.layers[0].options[choice] == turned

@@ -22,6 +22,7 @@ OPTIONS = (
     *(Option(bits, 0, size, 0) for bits in (2, 3, 4, 5, 8) for size in (32, 64, 128)),
     *(Option(bits, 64, 64, factor_bits) for bits in (3, 4) for factor_bits in (4, 16)),
     Option(0, 32, 0, 16),
+    Option(0, 16, 0, 16, heads=2),
     KEEP,
 )
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -134,7 +135,7 @@ def test_tools_that_quantize_by_themselves_get_no_rank(target: str) -> None:
 
 @pytest.mark.parametrize("target", sorted(set(TARGETS) - {"transformers"}))
 def test_only_this_product_s_own_checkpoint_rotates(target: str) -> None:
-    rotated = Option(4, 0, 64, 0, True)
+    rotated = Option(4, 0, 64, 0, rotated=True)
     found = layer("model.layers.0.mlp.up_proj", 256, 256, (*OPTIONS, rotated))
     assert not target_named(target).executes(found, rotated)
     assert target_named("transformers").executes(found, rotated)

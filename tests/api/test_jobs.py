@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel, ValidationError
 from sqlalchemy.exc import OperationalError
 
 from allocator.errors import BitrankError, InfeasibleError
@@ -22,6 +23,7 @@ from api.jobs import Jobs, QuotaError, UnknownJobError
 from api.ledger import Ledger
 from api.plan_store import PlanStore
 from api.problems import ProblemError
+from api.schemas import ProfileSettingsRequest
 from api.settings import Settings
 from api.tasks import profile_settings
 from api.workflows import is_transient, persistently
@@ -401,7 +403,15 @@ def test_a_batch_file_names_directories_for_every_worker(tmp_path: Path) -> None
 
 def test_every_setting_of_a_job_reaches_the_profiler() -> None:
     options = ProfileOptions(
-        tokens=999, seed=3, bits=(2, 4), ranks=(0, 8), group_sizes=(32,), factor_bits=(8,), adaptive=True
-    )
+        tokens=999, seed=3, bits=(2, 4), ranks=(0, 8), group_sizes=(32,), factor_bits=(8,), adaptive=True,
+        head_ratios=(0.5, 1.0),
+    )  # fmt: skip
     settings = profile_settings(ProfileJob(model="small", settings=options), "cpu")
     assert {name: getattr(settings, name) for name in ProfileOptions.model_fields} == options.model_dump()
+
+
+@pytest.mark.parametrize("schema", [ProfileOptions, ProfileSettingsRequest])
+@pytest.mark.parametrize("ratio", [0, 1.5, float("nan")])
+def test_a_head_ratio_that_is_no_share_is_refused(schema: type[BaseModel], ratio: float) -> None:
+    with pytest.raises(ValidationError, match="head_ratios"):
+        schema(head_ratios=(ratio,))

@@ -91,12 +91,14 @@ def test_pure_low_rank_has_no_grid_and_plain_quantization_no_factors(
     assert found[1].quantized is not None and found[1].factors is None
 
 
-@pytest.mark.parametrize("option", [Option(2, 4, 32, 4), Option(0, 4, 0, 16), Option(3, 0, 64, 0)])
+@pytest.mark.parametrize("option", [Option(2, 4, 32, 4), Option(0, 4, 0, 16, 2), Option(3, 0, 64, 0)])
 def test_a_matrix_of_zeros_stays_zero(correlated: MakeTensor, option: Option) -> None:
     assert carry_out(torch.zeros(16, 64), correlated(64), [option]) == [pytest.approx(0, abs=1e-12)]
 
 
-@pytest.mark.parametrize("option", [Option(2, 4, 32, 4), Option(0, 4, 0, 16), Option(3, 0, 64, 0)])
+@pytest.mark.parametrize(
+    "option", [Option(2, 4, 32, 4), Option(0, 4, 0, 16), Option(0, 4, 0, 16, 2), Option(3, 0, 64, 0)]
+)
 @pytest.mark.parametrize("seen", [1, 5])
 def test_fewer_tokens_than_channels_are_enough(normal: MakeTensor, option: Option, seen: int) -> None:
     w_OI, x_nI = normal(16, 64), normal(seen, 64, seed=1)
@@ -116,6 +118,47 @@ def test_a_rank_above_the_smaller_side_is_refused_naming_the_largest(
 ) -> None:
     with pytest.raises(RankError, match="rank 17 exceeds .* 16 × 64 matrix; use at most 16"):
         next(decompose([normal(16, 64)], Curvature.of(correlated(64)), [Option(3, 17, 64, 4)]))
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        (Option(0, 5, 0, 8, heads=4), "rank 5 exceeds .* 4 × 64 matrix; use at most 4"),
+        (Option(0, 1, 0, 8, heads=3), "3 heads do not divide the 16 rows"),
+    ],
+)
+def test_a_rank_above_a_head_s_rows_is_refused_and_so_are_heads_that_do_not_divide_them(
+    normal: MakeTensor, correlated: MakeTensor, option: Option, complaint: str
+) -> None:
+    with pytest.raises(RankError, match=complaint):
+        next(decompose([normal(16, 64)], Curvature.of(correlated(64)), [option]))
+
+
+def best_low_rank(w_OI: Tensor, hessian_II: Tensor, rank: int) -> Tensor:
+    """The matrix of this rank with the least output error, by the eigenvectors of W H Wᵀ in float64."""
+    wide_OI = w_OI.double()
+    direction_Or = torch.linalg.eigh(wide_OI @ hessian_II.double() @ wide_OI.T).eigenvectors[:, -rank:]
+    return (direction_Or @ (direction_Or.T @ wide_OI)).float()
+
+
+def test_every_head_gets_the_best_low_rank_part_of_its_own_rows(
+    normal: MakeTensor, correlated: MakeTensor
+) -> None:
+    w_OI, hessian_II = normal(36, 64), correlated(64)
+    ((_, found),) = decompose([w_OI], Curvature.of(hessian_II), [Option(0, 5, 0, 16, heads=3)])
+    expected_OI = torch.cat([best_low_rank(head_OI, hessian_II, 5) for head_OI in w_OI.chunk(3)])
+    assert (found.dense() - expected_OI).norm() < 2**-8 * expected_OI.norm()
+
+
+@pytest.mark.parametrize("factor_bits", [4, 8, 16])
+def test_a_head_is_rounded_as_a_matrix_of_its_own(
+    normal: MakeTensor, correlated: MakeTensor, factor_bits: int
+) -> None:
+    w_OI, curvature = normal(36, 64), Curvature.of(correlated(64))
+    ((_, found),) = decompose([w_OI], curvature, [Option(0, 5, 0, factor_bits, heads=3)])
+    alone = dict(decompose(w_OI.chunk(3), curvature, [Option(0, 5, 0, factor_bits)] * 3))
+    expected_OI = torch.cat([alone[head].dense() for head in range(3)])
+    assert torch.allclose(found.dense(), expected_OI, atol=1e-5 * float(w_OI.abs().max()))
 
 
 def test_full_rank_with_wide_factors_is_nearly_exact(normal: MakeTensor, correlated: MakeTensor) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
@@ -94,8 +95,7 @@ class Compressed:
             rows, columns = stored.shape
             size = layer_bytes(rows, columns, option, stored.numel() * stored.element_size())
             layers[name] = PlanLayer(
-                bits=option.bits, rank=option.rank, group_size=option.group_size, factor_bits=option.factor_bits,
-                bytes=size, error=0.0, cost=0.0,
+                **asdict(option), bytes=size, error=0.0, cost=0.0
             )  # fmt: skip
             works[block].append(LayerWork(name, stored.float(), hessian(columns), stored))
         kept = {
@@ -190,9 +190,10 @@ def test_without_ranks_the_logits_are_the_native_ones_bit_for_bit_in_bfloat16(
 def test_pure_low_rank_becomes_its_dense_product(
     tmp_path: Path, correlated: Callable[..., Tensor], tokens: Tensor
 ) -> None:
-    options = (Option(0, 20, 0, 8), Option(4, 0, 32, 0))
-    made = Compressed(tmp_path, small(), lambda block, i: options[(block + i) % 2], correlated)
+    options = (Option(0, 20, 0, 8), Option(4, 0, 32, 0), Option(0, 10, 0, 8, heads=2))
+    made = Compressed(tmp_path, small(), lambda block, i: options[(block + i) % 3], correlated)
     base, adapter = made.export()
+    assert adapter is None
     native, stock = (
         made.native_logits(tokens, "float32"),
         made.stock_logits(tokens, "float32", base, adapter),

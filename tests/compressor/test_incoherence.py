@@ -21,7 +21,11 @@ from compressor.linear import CompressedLinear, layer_tensors
 from compressor.plugin import FORMAT_VERSION, METHOD
 
 MakeTensor = Callable[..., Tensor]
-OPTIONS = [Option(3, 0, 32, 0, True), Option(2, 5, 64, 8, True), Option(4, 3, 64, 16, True)]
+OPTIONS = [
+    Option(3, 0, 32, 0, rotated=True),
+    Option(2, 5, 64, 8, rotated=True),
+    Option(4, 3, 64, 16, rotated=True),
+]
 ROWS, CPU = 23, torch.device("cpu")
 SIZES = [72, 70, 192]
 """Nine blocks of 8, 35 of 2, three of 64."""
@@ -127,7 +131,7 @@ def test_the_turn_pays_where_a_few_inputs_carry_large_weights(
 ) -> None:
     w_OI, hessian_II = normal(ROWS, 192), correlated(192)
     w_OI[:, ::48] *= 12
-    options = [Option(3, 0, 64, 0), Option(3, 0, 64, 0, True)]
+    options = [Option(3, 0, 64, 0), Option(3, 0, 64, 0, rotated=True)]
     found = dict(decompose([w_OI] * 2, Curvature.of(hessian_II), options))
     plain, turned = (squared_error(w_OI, found[p].dense(), hessian_II) for p in (0, 1))
     assert turned < 0.7 * plain

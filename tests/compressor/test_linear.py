@@ -22,8 +22,10 @@ OPTIONS = [
     Option(8, 7, 32, 16),
     Option(0, 6, 0, 4),
     Option(0, 6, 0, 16),
+    Option(0, 5, 0, 4, heads=4),
+    Option(0, 5, 0, 16, heads=3),
 ]
-ROWS, COLUMNS = 23, 70
+ROWS, COLUMNS = 24, 70
 
 
 @pytest.fixture(params=OPTIONS, ids=str)

@@ -74,7 +74,7 @@ OPTIONS = [
     Option(2, 70, 32, 8),
     Option(4, 16, 128, 16),
     Option(0, 24, 0, 8),
-    Option(3, 5, 64, 4, True),
+    Option(3, 5, 64, 4, rotated=True),
 ]
 
 
@@ -98,7 +98,7 @@ def test_one_token_on_cuda_is_the_product_with_the_dense_weight(
 @cuda
 @pytest.mark.parametrize("rotated", [False, True])
 def test_decoding_compiles_without_a_graph_break(normal: MakeTensor, rotated: bool) -> None:
-    _, layer = layer_of(normal, 64, 128, Option(3, 4, 64, 4, rotated))
+    _, layer = layer_of(normal, 64, 128, Option(3, 4, 64, 4, rotated=rotated))
     layer.cuda().prepare()
     x_1I = normal(1, 128, seed=1).bfloat16().cuda()
     compiled = torch.compile(layer, fullgraph=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,7 +21,14 @@ from compressor.worker import BlockWork, LayerWork, WorkError, compress
 
 MakeTensor = Callable[..., Tensor]
 ROWS, COLUMNS, BLOCKS = 24, 70, 3
-OPTIONS = [Option(3, 0, 32, 0), Option(2, 4, 64, 8), Option(0, 5, 0, 4), KEEP, Option(4, 2, 32, 16), KEEP]
+OPTIONS = [
+    Option(3, 0, 32, 0),
+    Option(2, 4, 64, 8),
+    Option(0, 5, 0, 4),
+    KEEP,
+    Option(4, 2, 32, 16),
+    Option(0, 5, 0, 8, heads=3),
+]
 
 
 class Source:
@@ -50,10 +58,7 @@ class Source:
     def plan(self, options: list[Option] = OPTIONS) -> Plan:
         layers = {
             name: PlanLayer(
-                bits=option.bits,
-                rank=option.rank,
-                group_size=option.group_size,
-                factor_bits=option.factor_bits,
+                **asdict(option),
                 bytes=layer_bytes(ROWS, COLUMNS, option, 2 * ROWS * COLUMNS),
                 error=0.0,
                 cost=0.0,
@@ -144,6 +149,7 @@ def test_configuration_names_every_compressed_layer_and_the_tokenizer_comes_alon
     compressed = {name for name, layer in source.plan().layers.items() if layer.bits != KEEP_BITS}
     assert set(layers) == compressed
     assert layers["blocks.0.1"] == {"bits": 2, "rank": 4, "group_size": 64, "factor_bits": 8}
+    assert layers["blocks.2.1"] == {"bits": 0, "rank": 5, "group_size": 0, "factor_bits": 8, "heads": 3}
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
 
@@ -34,6 +34,7 @@ EVERY_KIND = (
     Option(0, 8, 0, 16),
     Option(5, 3, 128, 4),
     Option(8, 2, 32, 16),
+    Option(0, 7, 0, 8, heads=2),
 )
 
 
@@ -44,10 +45,7 @@ def with_options(plan: Plan, profile: Profile, options: dict[str, Option]) -> Pl
         record = profile.document.layers[name]
         size = layer_bytes(record.rows, record.columns, option, record.original_bytes)
         layers[name] = PlanLayer(
-            bits=option.bits,
-            rank=option.rank,
-            group_size=option.group_size,
-            factor_bits=option.factor_bits,
+            **asdict(option),
             bytes=size,
             error=0.0,
             cost=0.0,

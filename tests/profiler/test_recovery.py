@@ -37,6 +37,8 @@ OPTIONS = [
     Option(0, 5, 0, 4),
     Option(4, 2, 32, 16),
     Option(8, 0, 64, 0),
+    Option(0, 5, 0, 4, heads=3),
+    Option(0, 5, 0, 16, heads=2),
 ]
 
 
