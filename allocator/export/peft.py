@@ -20,7 +20,7 @@ def config(plan: Plan) -> str:
     ranks = {name: layer.rank for name, layer in plan.layers.items() if layer.rank and layer.bits}
     if not ranks:
         raise ExportError(
-            "the plan buys no rank, so it has no adapter; serve the compressed-tensors checkpoint alone"
+            "the plan buys no rank beside bits, so it has no adapter; serve the compressed-tensors checkpoint alone"
         )
     return json.dumps(adapter_config(ranks, plan.model.id), indent=2) + "\n"
 
