@@ -27,7 +27,8 @@ class Target:
     bits, group_sizes: of quantized layers; None is any. factor_bits, largest_rank: of the low-rank correction; rank 0
     is none at all. row_multiple, column_multiple: what its kernels need of a quantized matrix. whole_groups: a group
     must divide a row. fuses: q/k/v and gate/up become one matrix, so they share bits and group size. ggml: sizes are
-    those of llama.cpp's types, and llama-quantize carries the plan out.
+    those of llama.cpp's types, and llama-quantize carries the plan out. tables: embeddings and heads can be
+    compressed.
     """
 
     bits: tuple[int, ...] | None = None
@@ -39,6 +40,7 @@ class Target:
     whole_groups: bool = False
     fuses: bool = False
     ggml: bool = False
+    tables: bool = False
 
     def executes(self, layer: LayerMenu, option: Option) -> bool:
         if option.bits == KEEP_BITS:
@@ -95,7 +97,7 @@ VLLM = Target(
     fuses=True,
 )
 TARGETS: dict[TargetName, Target] = {
-    "transformers": Target(),
+    "transformers": Target(tables=True),
     "vllm": VLLM,
     "llm-compressor": replace(VLLM, largest_rank=0),
     "gptqmodel": Target(
@@ -107,7 +109,11 @@ TARGETS: dict[TargetName, Target] = {
         whole_groups=True,
     ),
     "llama.cpp": Target(
-        bits=(2, 3, 4, 5, 6, 8), group_sizes=(NEAREST_GROUP_SIZE,), largest_rank=0, ggml=True
+        bits=(2, 3, 4, 5, 6, 8),
+        group_sizes=(NEAREST_GROUP_SIZE,),
+        largest_rank=0,
+        ggml=True,
+        tables=True,
     ),
 }
 """By name. vllm: compressed-tensors with zero points and LoRA factors of 16 bits; llm-compressor: the same runtime,
@@ -136,6 +142,14 @@ def check_fused(menu: Menu, choice: Integers, target: str, strategy: str) -> Non
                 f"strategy {strategy} gives {names} different bits or group sizes, and {target} fuses them;"
                 " plan with the strategy optimal"
             )
+
+
+def check_tables(menu: Menu, target: str) -> None:
+    """Raise `TargetError` where `menu` offers tables and the target holds none compressed."""
+    if menu.tables and not target_named(target).tables:
+        raise TargetError(
+            f"target {target} holds embeddings and output heads at 16 bits only; plan without --embeddings"
+        )
 
 
 def check_compressible(target: str | None) -> None:

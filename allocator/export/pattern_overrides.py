@@ -13,6 +13,7 @@ from glob import escape
 
 import yaml  # type: ignore[import-untyped]
 
+from allocator.export.limits import refuse_tables
 from allocator.export.patterns import NUMBERED
 from allocator.plan import Plan
 from allocator.storage import Option
@@ -21,7 +22,8 @@ Values = dict[str, int]
 
 
 def overrides(plan: Plan) -> str:
-    """YAML, one mapping `pattern_overrides`."""
+    """YAML, one mapping `pattern_overrides`. Raises `ExportError` for a plan with tables."""
+    refuse_tables(plan, "a tool that takes pattern overrides")
     found = pattern_overrides({name: layer.option for name, layer in plan.layers.items()})
     text: str = yaml.safe_dump(
         {"pattern_overrides": found}, sort_keys=False, default_flow_style=None, width=1_000_000
