@@ -194,9 +194,7 @@ def _has_kernel(columns: int, option: Option) -> bool:
     return option.bits > 0 and fits and columns <= MOST_COLUMNS and find_spec("triton") is not None
 
 
-def add_matrix(
-    module: nn.Module, name: str, rows: int, columns: int, bits: int, group_size: int
-) -> None:
+def add_matrix(module: nn.Module, name: str, rows: int, columns: int, bits: int, group_size: int) -> None:
     """Give `module` the empty parameters of a quantized matrix."""
     codes, scale, zero = matrix_names(name)
     groups = ceil_div(columns, group_size)

@@ -69,9 +69,9 @@ def compress(
 ) -> None:
     """Write the checkpoint that `plan` describes to `output`, which must not exist or be empty.
 
-    kept: the tensors outside the blocks' layers, tables among them; source: the original directory, whose configuration and tokenizer are
-    copied; beside: further files, by name. Raises `WorkError` when the output is occupied or the tensors are not the
-    plan's.
+    kept: the tensors outside the blocks' layers, tables among them; source: the original directory, whose
+    configuration and tokenizer are copied; beside: further files, by name. Raises `WorkError` when the output is
+    occupied or the tensors are not the plan's.
     """
     check_output(output)
     sizes = {name: t.numel() * t.element_size() for name, t in kept.items()}
