@@ -32,7 +32,7 @@ from profiler.layers import LoadedModel
 BITS = (8, 6, 4)
 GROUP_SIZES = (64, 32, 128)
 """The first is measured."""
-WINDOWS = 8
+WINDOWS = 4
 """Windows that a table is measured on, at most."""
 
 
