@@ -3,6 +3,9 @@
 What lives here: rounding a table of vocabulary × hidden a few rows at a time, and `CompressedEmbedding`. A head is a
 `CompressedLinear` over the same tensors, and a tied one shares them. Which tables a model has is the profiler's.
 
+Tensors of an embedding: those of a quantized `weight`, and `weight_dtype`, empty, whose dtype is that of the rows. It
+comes first among the parameters, so that transformers takes it for the model's dtype, and not that of the scales.
+
 Letters: V rows, the vocabulary; d columns; G groups of a row; n rows asked for.
 """
 
@@ -21,8 +24,13 @@ TILE = 2**22
 """Weights rounded or dequantized at once."""
 
 
+def embedding_tensors(weight_Vd: Tensor, option: Option) -> dict[str, Tensor]:
+    """The stored tensors of a table that is looked up, in the dtype of `weight_Vd`."""
+    return {"weight_dtype": weight_Vd.new_empty(0)} | table_tensors(weight_Vd, option)
+
+
 def table_tensors(weight_Vd: Tensor, option: Option) -> dict[str, Tensor]:
-    """The stored tensors of a table, each group on the searched grid that rounds it best; of any float dtype."""
+    """Those of a table, each group on the searched grid that rounds it best; of any float dtype."""
     parts = [
         round_to_nearest(rows_nd.float(), option.bits, option.group_size)
         for rows_nd in weight_Vd.split(_rows(weight_Vd.shape[1]))
@@ -39,20 +47,20 @@ def table_tensors(weight_Vd: Tensor, option: Option) -> dict[str, Tensor]:
 class CompressedEmbedding(nn.Module):
     """The rows asked for of a packed table, in `dtype`; no others are unpacked. Takes the place of `nn.Embedding`."""
 
+    weight_dtype: Tensor
     weight: Tensor
     weight_scale: Tensor
     weight_zero: Tensor
-    example: Tensor
 
     def __init__(self, rows: int, columns: int, option: Option, dtype: torch.dtype) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.option = rows, columns, option
+        self.weight_dtype = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
         add_matrix(self, "weight", rows, columns, option.bits, option.group_size)
-        self.register_buffer("example", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 (…) -> (…, d), in the dtype that `to` last gave the model."""
-        row_nd = self.rows(ids.reshape(-1)).to(self.example.dtype)
+        row_nd = self.rows(ids.reshape(-1)).to(self.weight_dtype.dtype)
         return row_nd.view(*ids.shape, self.embedding_dim)
 
     def rows(self, id_n: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from allocator.storage import KEEP_BITS
 from compressor.decompose import ROUNDS, Curvature, decompose
 from compressor.linear import layer_tensors
 from compressor.plugin import FORMAT_VERSION, METHOD
-from compressor.table import table_tensors
+from compressor.table import embedding_tensors, table_tensors
 
 INDEX = "model.safetensors.index.json"
 AUXILIARY = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "kv_cache.bases")
@@ -125,9 +125,13 @@ def compress_tables(plan: Plan, tables: Mapping[str, Tensor]) -> dict[str, Tenso
     """Every stored tensor of the plan's tables, by full name; tables: their weights (V, d) by their names."""
     tensors: dict[str, Tensor] = {}
     for name, weight_Vd in tables.items():
-        planned = plan.layers[name]
-        keeps = planned.bits == KEEP_BITS
-        stored = {"weight": weight_Vd} if keeps else table_tensors(weight_Vd, planned.option)
+        planned, option = plan.layers[name], plan.layers[name].option
+        if planned.bits == KEEP_BITS:
+            stored = {"weight": weight_Vd}
+        elif plan.tables[name] == "head":
+            stored = table_tensors(weight_Vd, option)
+        else:
+            stored = embedding_tensors(weight_Vd, option)
         _check_bytes(name, planned, stored)
         tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
     return tensors

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from allocator.plan import PlanModel
 from allocator.problem import TableRole
 from allocator.storage import KEEP_BITS, Option
-from compressor.table import CompressedEmbedding, table_tensors
+from compressor.table import CompressedEmbedding, embedding_tensors
 from profiler.calibration import Progress
 from profiler.companion import TableMeasurement, TableRecord, TablesDocument
 from profiler.evaluation import Reference, measure, stored_logits
@@ -89,7 +89,7 @@ def rounded(weight_Vd: Tensor, option: Option) -> Tensor:
     """The table as it is stored under `option`, float32 (V, d)."""
     with weight_Vd.device:
         stored = CompressedEmbedding(*weight_Vd.shape, option, torch.float32)
-    stored.load_state_dict(table_tensors(weight_Vd, option))
+    stored.load_state_dict(embedding_tensors(weight_Vd, option))
     return stored.dense_weight()
 
 
