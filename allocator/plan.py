@@ -17,7 +17,7 @@ from allocator.budget import Budget
 from allocator.constraints import Constraints, relief, smallest_constrained_bytes
 from allocator.errors import BudgetAboveOriginalError, InfeasibleError, PlanError
 from allocator.knapsack import solve
-from allocator.problem import Integers, LayerMenu, Menu, Solution
+from allocator.problem import Integers, LayerMenu, Menu, Solution, TableRole
 from allocator.storage import Heads, Option
 from allocator.verification import Verification
 
@@ -102,7 +102,8 @@ class PlanCache(Frozen):
 class Plan(Frozen):
     """A decided allocation. `total_bytes` is, to the byte, what the compressed checkpoint's tensors take.
 
-    With a `cache`, the budget holds both and predicted_kl is of both.
+    With a `cache`, the budget holds both and predicted_kl is of both. `tables` says which of the layers are the
+    embedding and the output head, where the plan decides on them.
 
     predicted_kl and its 90 % interval are in nats/token; lower_bound and gap certify that no other choice from the
     same options is predicted to lose less than `predicted_kl − gap`; shadow_price is in nats per MiB.
@@ -124,6 +125,7 @@ class Plan(Frozen):
     kept: dict[str, int]
     verification: Verification | None = None
     cache: PlanCache | None = Field(default=None, exclude_if=lambda cache: cache is None)
+    tables: dict[str, TableRole] = Field(default={}, exclude_if=lambda tables: not tables)
 
     @property
     def compressible_bytes(self) -> int:

@@ -61,6 +61,7 @@ class Planner:
             target=target,
             layers=layers,
             kept=self.menu.kept,
+            tables=self.menu.tables,
         )
 
     def _planned(self, group: int, option: int) -> PlanLayer:

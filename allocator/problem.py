@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from allocator.errors import InvalidProblemError
-from allocator.storage import Option
+from allocator.storage import KEEP, Option
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+TableRole = Literal["embedding", "head", "tied"]
+"""What a table, vocabulary × hidden, does: looks tokens up, scores them, or both with the same weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ class Solution:
 @dataclass(frozen=True, slots=True)
 class LayerMenu:
     """The options of one layer. `total_bytes` int64, `error` (relative squared output error) and `cost`
-    (predicted KL, nats/token) float64, all of the length of `options`."""
+    (predicted KL, nats/token) float64, all of the length of `options`. table: its role where it is one."""
 
     name: str
     rows: int
@@ -94,6 +97,7 @@ class LayerMenu:
     total_bytes: Integers
     error: Floats
     cost: Floats
+    table: TableRole | None = None
 
     @property
     def weights(self) -> int:
@@ -102,7 +106,7 @@ class LayerMenu:
 
 @dataclass(frozen=True)
 class Menu:
-    """Every layer's options, and the tensors that no option touches (`kept`, bytes by name)."""
+    """Every layer's options, tables last, and the tensors that no option touches (`kept`, bytes by name)."""
 
     layers: tuple[LayerMenu, ...]
     kept: dict[str, int]
@@ -123,6 +127,21 @@ class Menu:
     @cached_property
     def compressible_weights(self) -> int:
         return sum(layer.weights for layer in self.layers)
+
+    @cached_property
+    def tables(self) -> dict[str, TableRole]:
+        """The roles of the layers that are tables, by name."""
+        return {layer.name: layer.table for layer in self.layers if layer.table}
+
+    def without_tables(self) -> Menu:
+        """The same model with its tables among what no option touches."""
+        kept = {f"{layer.name}.weight": layer.original_bytes for layer in self.layers if layer.table}
+        return Menu(tuple(layer for layer in self.layers if not layer.table), self.kept | kept)
+
+    def with_tables_kept(self, choice: Integers) -> Integers:
+        """The choice (G,) that is `choice` for the layers of `without_tables` and keeps every table."""
+        kept = [layer.options.index(KEEP) for layer in self.layers if layer.table]
+        return np.append(choice, np.array(kept, dtype=np.int64))
 
     def problem(self, total_bytes: int) -> Problem:
         """The knapsack in which the whole checkpoint may take `total_bytes`."""

@@ -126,17 +126,22 @@ def _malformed(text: str, name: str) -> StrategyError:
 def choose(strategy: Strategy, menu: Menu, total_bytes: int) -> Integers:
     """The choice (G,) of `strategy` when the whole checkpoint may take `total_bytes`.
 
-    `Uniform`, `ByRules` and `ByRecipe` have the bytes they have: compare `choice_bytes` with the budget.
+    `Uniform`, `ByRules` and `ByRecipe` have the bytes they have: compare `choice_bytes` with the budget. Only
+    `Optimal` buys tables, every other strategy keeps them.
     """
+    if isinstance(strategy, Optimal):
+        return optimal(menu, total_bytes)
+    return menu.with_tables_kept(_chosen(strategy, menu.without_tables(), total_bytes))
+
+
+def _chosen(strategy: Uniform | Progressive | ByRules | ByRecipe, menu: Menu, total_bytes: int) -> Integers:
     if isinstance(strategy, Uniform):
         return uniform(menu, strategy.bits, strategy.rank, strategy.group_size, strategy.rotated)
     if isinstance(strategy, Progressive):
         return progressive(menu, total_bytes, strategy.step_bits)
     if isinstance(strategy, ByRules):
         return policy(menu, strategy.rules)
-    if isinstance(strategy, ByRecipe):
-        return by_recipe(menu, strategy.recipe, strategy.sensitivities)
-    return optimal(menu, total_bytes)
+    return by_recipe(menu, strategy.recipe, strategy.sensitivities)
 
 
 def choice_bytes(menu: Menu, choice: Integers) -> int:

@@ -28,6 +28,7 @@ class Target:
     is none at all. row_multiple, column_multiple: what its kernels need of a quantized matrix. whole_groups: a group
     must divide a row. fuses: q/k/v and gate/up become one matrix, so they share bits and group size. ggml: sizes are
     those of llama.cpp's types, and llama-quantize carries the plan out. rotates: it can rotate the inputs of a layer.
+    tables: embeddings and heads can be compressed.
     """
 
     bits: tuple[int, ...] | None = None
@@ -40,6 +41,7 @@ class Target:
     fuses: bool = False
     ggml: bool = False
     rotates: bool = False
+    tables: bool = False
 
     def executes(self, layer: LayerMenu, option: Option) -> bool:
         if option.bits == KEEP_BITS:
@@ -98,7 +100,7 @@ VLLM = Target(
     fuses=True,
 )
 TARGETS: dict[TargetName, Target] = {
-    "transformers": Target(rotates=True),
+    "transformers": Target(rotates=True, tables=True),
     "vllm": VLLM,
     "llm-compressor": replace(VLLM, largest_rank=0),
     "gptqmodel": Target(
@@ -110,7 +112,11 @@ TARGETS: dict[TargetName, Target] = {
         whole_groups=True,
     ),
     "llama.cpp": Target(
-        bits=(2, 3, 4, 5, 6, 8), group_sizes=(NEAREST_GROUP_SIZE,), largest_rank=0, ggml=True
+        bits=(2, 3, 4, 5, 6, 8),
+        group_sizes=(NEAREST_GROUP_SIZE,),
+        largest_rank=0,
+        ggml=True,
+        tables=True,
     ),
 }
 """By name. vllm: compressed-tensors with zero points and LoRA factors of 16 bits; llm-compressor: the same runtime,
@@ -139,6 +145,14 @@ def check_fused(menu: Menu, choice: Integers, target: str, strategy: str) -> Non
                 f"strategy {strategy} gives {names} different bits or group sizes, and {target} fuses them;"
                 " plan with the strategy optimal"
             )
+
+
+def check_tables(menu: Menu, target: str) -> None:
+    """Raise `TargetError` where `menu` offers tables and the target holds none compressed."""
+    if menu.tables and not target_named(target).tables:
+        raise TargetError(
+            f"target {target} holds embeddings and output heads at 16 bits only; plan without --embeddings"
+        )
 
 
 def check_compressible(target: str | None) -> None:

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from api import export_cli, job_cli, kvcache_cli, plan_cli, service_cli, study_cli
+from api.plan_cli import Embeddings
 from api.progress import progress
 
 app = typer.Typer(
@@ -253,12 +254,15 @@ plan_cli.register(app)
 
 
 @app.command()
-def frontier(profile_path: ProfileDirectory, json_output: Json = False) -> None:
+def frontier(
+    profile_path: ProfileDirectory, embeddings: Embeddings = False, json_output: Json = False
+) -> None:
     """The least predicted loss at every size, beside uniform settings."""
     from api.usecases import frontier_points, uniform_points
     from profiler.profile import load_profile
 
     loaded = load_profile(profile_path)
+    loaded = loaded.with_tables if embeddings else loaded
     points, uniform = frontier_points(loaded), uniform_points(loaded)
     if json_output:
         return print_json({"frontier": _dicts(points), "uniform": _dicts(uniform)})

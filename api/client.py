@@ -68,6 +68,7 @@ class Client:
         constraints: dict[str, Any] | None = None,
         target: str | None = None,
         verify: bool = False,
+        embeddings: bool = False,
     ) -> Plan | JobRecord:
         """The plan, or the job that profiles the model, plans, and measures the plan if that is asked for."""
         wanted = {
@@ -77,6 +78,7 @@ class Client:
             "constraints": constraints,
             "target": target,
             "verify": verify or None,
+            "embeddings": embeddings or None,
         }
         answer = self._post("/v1/plans", {k: v for k, v in wanted.items() if v is not None})
         return _read(JobRecord, answer) if answer.status_code == 202 else _read(Plan, answer)
@@ -189,13 +191,14 @@ def plan_on_server(
     progress: Progress,
     target: str | None = None,
     verify: bool = False,
+    embeddings: bool = False,
 ) -> Plan:
     """A plan from a remote service, profiled there first if need be. What `bitrank plan --server` calls.
 
     Raises `InfeasibleError`, `BudgetSyntaxError`, `StrategyError` as planning here does, else `ServiceError`.
     """
     with Client(url, key) as client:
-        answer = client.plan(model, budget, strategy, target=target, verify=verify)
+        answer = client.plan(model, budget, strategy, target=target, verify=verify, embeddings=embeddings)
         if isinstance(answer, Plan):
             return answer
         job = client.wait(answer.id, progress)

@@ -98,13 +98,15 @@ class ProfileJob(Request):
 
 
 class PlanJob(ProfileJob):
-    """Profile the model if that is not done yet, then plan; `verify` measures the plan beside uniform."""
+    """Profile the model if that is not done yet, then plan; `verify` measures the plan beside uniform, `embeddings`
+    plans embedding and output head too."""
 
     budget: str | None = None
     strategy: str = "optimal"
     constraints: dict[str, Any] | None = None
     target: TargetName | None = None
     verify: bool = False
+    embeddings: bool = False
 
 
 class BatchEntry(ProfileJob):

@@ -25,6 +25,13 @@ PolicyFile = Annotated[
     Path | None, typer.Option("--policy", metavar="FILE", help="YAML rules for the strategy policy.")
 ]
 
+Embeddings = Annotated[
+    bool,
+    typer.Option(
+        "--embeddings", help="Decide on the input embedding and the output head too: 8, 6, 4 or 16 bits."
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     for command in (plan, compare):
@@ -57,6 +64,7 @@ def plan(
         typer.Option(help="Tokens of context: the key-value cache shares the budget with the weights."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of that context.")] = 1,
+    embeddings: Embeddings = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Plan file to write.")] = Path("plan.json"),
     device: Device = "cpu",
     json_output: Json = False,
@@ -68,15 +76,17 @@ def plan(
                 "--context plans the cache with the optimal weights, here and for transformers;"
                 " leave --server, --verify, --target, --policy and --strategy out"
             )
-        made, size = _planned_with_cache(Path(profile), budget, context, batch, device), ""
+        made, size = _planned_with_cache(Path(profile), budget, context, batch, device, embeddings), ""
     elif batch != 1:
         raise typer.BadParameter("--batch goes with --context; give both or neither")
     elif server is None:
-        made, size = _planned_here(Path(profile), budget, strategy, target, verify, device, policy)
+        made, size = _planned_here(
+            Path(profile), budget, strategy, target, verify, device, policy, embeddings
+        )
     elif policy is not None:
         raise typer.BadParameter("--policy is read here and cannot go to a --server; leave one of them out")
     else:
-        made, size = _planned_there(server, profile, budget, strategy, target, verify), ""
+        made, size = _planned_there(server, profile, budget, strategy, target, verify, embeddings), ""
     made.save(output)
     if made.verification is not None and made.verification.verdict == "worse":
         print(f"bitrank: {describe_verification(made.verification)}", file=sys.stderr)
@@ -109,6 +119,7 @@ def compare(
         str | None, typer.Option(help="For strategies without a size of their own: 700MiB, 25% or 3.25bpw.")
     ] = None,
     policy: PolicyFile = None,
+    embeddings: Embeddings = False,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="JSON file to write; a page with a chart is written beside it."),
@@ -119,10 +130,9 @@ def compare(
     """Measure strategies, each beside the optimum at the same bytes."""
     from api.cli import print_json, print_table, strict
     from api.comparison import compare_strategies, write_comparison
-    from profiler.profile import load_profile
 
     named = strategies or ["uniform:2", "uniform:3", "uniform:4"]
-    loaded = load_profile(profile)
+    loaded = _loaded(profile, embeddings)
     found = compare_strategies(
         loaded, named, budget, progress(), device, _policy(policy, loaded, "policy" in named)
     )
@@ -193,14 +203,15 @@ def describe_verification(found: Verification) -> str:
     return f"{measured}, {beside}: {found.verdict}" + (", after a swap" if found.swapped else "")
 
 
-def _planned_with_cache(profile: Path, budget: str | None, context: int, batch: int, device: str) -> Plan:
+def _planned_with_cache(
+    profile: Path, budget: str | None, context: int, batch: int, device: str, embeddings: bool
+) -> Plan:
     from api.caches import plan_jointly
     from api.usecases import check_planning
-    from profiler.profile import load_profile
 
     check_planning(budget, "optimal", False, None)
     assert budget is not None
-    return plan_jointly(load_profile(profile), budget, context, batch, progress(), device)
+    return plan_jointly(_loaded(profile, embeddings), budget, context, batch, progress(), device)
 
 
 def _planned_here(
@@ -211,14 +222,14 @@ def _planned_here(
     verify: bool,
     device: str,
     policy: Path | None,
+    embeddings: bool,
 ) -> tuple[Plan, str]:
     """The plan, and how its size is told in bits per weight."""
     from api.usecases import bits_per_weight, check_planning, plan_budget, verify_plan
-    from profiler.profile import load_profile
 
     if policy is None:
         check_planning(budget, strategy, False, target)
-    loaded = load_profile(profile)
+    loaded = _loaded(profile, embeddings)
     rules = _policy(policy, loaded, strategy == "policy")
     made = plan_budget(loaded, budget, strategy, target=target, policy=rules)
     if verify:
@@ -227,7 +238,13 @@ def _planned_here(
 
 
 def _planned_there(
-    server: str, model: str, budget: str | None, strategy: str, target: str | None, verify: bool
+    server: str,
+    model: str,
+    budget: str | None,
+    strategy: str,
+    target: str | None,
+    verify: bool,
+    embeddings: bool,
 ) -> Plan:
 
     from api.client import plan_on_server
@@ -235,7 +252,15 @@ def _planned_there(
 
     check_planning(budget, strategy, False, target)
     key = os.environ.get("BITRANK_KEY")
-    return plan_on_server(server, key, model, budget, strategy, ProgressLine(), target, verify)
+    return plan_on_server(server, key, model, budget, strategy, ProgressLine(), target, verify, embeddings)
+
+
+def _loaded(path: Path, embeddings: bool) -> Profile:
+    """The profile, with its tables on the menu if asked for."""
+    from profiler.profile import load_profile
+
+    loaded = load_profile(path)
+    return loaded.with_tables if embeddings else loaded
 
 
 def _policy(path: Path | None, profile: Profile, asked_for: bool) -> Policy | None:

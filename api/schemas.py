@@ -140,6 +140,9 @@ class PlanRequest(Request):
     verify: Annotated[
         bool, Field(description="Measure the plan beside uniform at the same bytes; always a job.")
     ] = False
+    embeddings: Annotated[
+        bool, Field(description="Decide on the input embedding and the output head too: 8, 6, 4 or 16 bits.")
+    ] = False
 
 
 class ProfileSettingsRequest(Request):

@@ -22,7 +22,7 @@ from allocator.errors import BitrankError, BudgetSyntaxError, InfeasibleError, P
 from allocator.plan import Plan, PlanBudget, budget_bytes, describe_bytes
 from allocator.recipes import Sensitivities
 from allocator.strategies import ByRecipe, Optimal, choice_bytes, choose, parse_strategy
-from allocator.targets import check_compressible, check_fused, target_named
+from allocator.targets import check_compressible, check_fused, check_tables, target_named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,11 +107,12 @@ def plan_budget(
 ) -> Plan:
     """Plan one budget for a target runtime. A uniform strategy, a recipe or a policy has a size and needs no budget.
 
-    Raises what `check_planning` raises, `ConstraintError`, `InfeasibleError` and `BudgetAboveOriginalError`.
+    Tables are planned where the profile's menu has them. Raises what `check_planning` raises, `ConstraintError`,
+    `InfeasibleError` and `BudgetAboveOriginalError`.
     """
     planner, required = planner_for(profile, target), constraints
     menu = planner.menu
-    rules = () if policy is None else policy.resolved(menu, energies_of(profile, policy))
+    rules = () if policy is None else policy.resolved(menu.without_tables(), energies_of(profile, policy))
     check_planning(budget, strategy, constraints is not None, target, rules)
     parsed = parse_strategy(strategy, rules)
     if isinstance(parsed, ByRecipe) and parsed.recipe.needs_sensitivities:
@@ -143,8 +144,14 @@ def planner_for(profile: Profile, target: str | None) -> Planner:
 
 
 def menu_for(profile: Profile, target: str | None) -> Menu:
-    """What can be planned for a target: every measured option, or those that it executes at its own sizes."""
-    return profile.menu if target is None else target_named(target).restricted(profile.menu)
+    """What can be planned for a target: every measured option, or those that it executes at its own sizes.
+
+    Raises `TargetError` for tables that the target holds at 16 bits only.
+    """
+    if target is None:
+        return profile.menu
+    check_tables(profile.menu, target)
+    return target_named(target).restricted(profile.menu)
 
 
 def energies_of(profile: Profile, policy: Policy) -> Energies:
@@ -161,7 +168,7 @@ def energies_of(profile: Profile, policy: Policy) -> Energies:
             option.rank: document.layers[layer.name].spectrum.energy_at(option.rank)
             for option in layer.options
         }
-        for layer in profile.menu.layers
+        for layer in profile.menu.without_tables().layers
     }
 
 
@@ -247,12 +254,12 @@ class UniformPoint:
 def uniform_points(profile: Profile) -> list[UniformPoint]:
     """Uniform settings at group 64 and rank 0, as far as the profile measured them."""
     from allocator.errors import AllocationError
-    from allocator.strategies import choice_cost, uniform
+    from allocator.strategies import Uniform, choice_cost
 
     menu, points = profile.menu, []
     for bits in (2, 3, 4, 5, 6, 8):
         try:
-            choice = uniform(menu, bits)
+            choice = choose(Uniform(bits), menu, menu.original_bytes)
         except AllocationError:
             continue
         size = choice_bytes(menu, choice)
@@ -369,7 +376,9 @@ def verify_plan(
     free = plan.strategy == "optimal" and plan.target is None and not constrained
     loaded = original_of(plan, device, None)
     with TemporaryDirectory(prefix="bitrank-verify-") as folder:
-        return verified(loaded, profile, [plan], Path(folder), progress, SWAPS if free else 0)[0]
+        return verified(loaded, profile.offering(plan), [plan], Path(folder), progress, SWAPS if free else 0)[
+            0
+        ]
 
 
 def calibrate_profile(

@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from allocator.atomic import write_atomically
 from allocator.export.compressed_tensors import Layout, layout_of, quantization_config
-from allocator.export.limits import refuse_rotations
+from allocator.export.limits import refuse_rotations, refuse_tables
 from allocator.export.peft import adapter_config
 from allocator.plan import Plan, PlanLayer
 from allocator.storage import FACTOR_GROUP_SIZE, KEEP_BITS
@@ -69,10 +69,11 @@ def export(
 ) -> Path | None:
     """Translate the checkpoint that `compress` made from `plan`; returns the adapter's directory if it has one.
 
-    Raises `ExportError` for rotated layers, `WorkError` when the output is occupied, the checkpoint is not the
-    plan's, or its layers are not plain linear ones in stock transformers.
+    Raises `ExportError` for rotated layers and compressed tables, `WorkError` when the output is occupied, the
+    checkpoint is not the plan's, or its layers are not plain linear ones in stock transformers.
     """
     refuse_rotations(plan)
+    refuse_tables(plan, "compressed-tensors")
     check_output(output)
     shards = plan_shards(plan, checkpoint)
     linears = linear_layers(plan, checkpoint)

@@ -71,7 +71,7 @@ class CompressedLinear(nn.Module):
         self.in_features, self.out_features = columns, rows
         self.option = option
         if option.bits:
-            self._add_matrix("weight", rows, columns, option.bits, option.group_size)
+            add_matrix(self, "weight", rows, columns, option.bits, option.group_size)
         if option.rank:
             self._add_factor(left_name(option), rows // option.heads)
             self._add_factor("right", columns)
@@ -83,14 +83,7 @@ class CompressedLinear(nn.Module):
         if bits == KEEP_BITS:
             self.register_parameter(name, _parameter((vectors, width), torch.bfloat16))
             return
-        self._add_matrix(name, vectors, width, bits, FACTOR_GROUP_SIZE)
-
-    def _add_matrix(self, name: str, rows: int, columns: int, bits: int, group_size: int) -> None:
-        codes, scale, zero = matrix_names(name)
-        groups = ceil_div(columns, group_size)
-        self.register_parameter(codes, _parameter((rows, words(columns, bits)), torch.int32))
-        self.register_parameter(scale, _parameter((rows, groups), torch.bfloat16))
-        self.register_parameter(zero, _parameter((1, words(rows * groups, bits)), torch.int32))
+        add_matrix(self, name, vectors, width, bits, FACTOR_GROUP_SIZE)
 
     def grid_of(self, name: str) -> tuple[int, int]:
         """Bits and group size of a quantized matrix."""
@@ -226,6 +219,15 @@ def _has_kernel(columns: int, option: Option) -> bool:
     """Whether the decode kernel serves such a Q: 4 lanes take 64 columns, one group, half of one or two."""
     fits = columns % 64 == 0 and (option.group_size == 32 or option.group_size % 64 == 0)
     return option.bits > 0 and fits and columns <= MOST_COLUMNS and find_spec("triton") is not None
+
+
+def add_matrix(module: nn.Module, name: str, rows: int, columns: int, bits: int, group_size: int) -> None:
+    """Give `module` the empty parameters of a quantized matrix."""
+    codes, scale, zero = matrix_names(name)
+    groups = ceil_div(columns, group_size)
+    module.register_parameter(codes, _parameter((rows, words(columns, bits)), torch.int32))
+    module.register_parameter(scale, _parameter((rows, groups), torch.bfloat16))
+    module.register_parameter(zero, _parameter((1, words(rows * groups, bits)), torch.int32))
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

@@ -47,3 +47,16 @@ def unpack(word_OW: Tensor, bits: int, columns: int) -> Tensor:
         code_OI |= ((plane_OW >> shift_c) & (2**width - 1)).view(rows, -1) << low
         first, low = first + runs * width, low + width
     return code_OI[:, :columns].to(torch.uint8)
+
+
+def unpack_at(word_W: Tensor, bits: int, index: Tensor) -> Tensor:
+    """uint8 codes at the places `index` (…) of one packed row, int32 (W,); no others are unpacked."""
+    runs = len(word_W) // bits
+    code = torch.zeros_like(index, dtype=torch.int32)
+    first, low = 0, 0
+    for width in PLANES[bits]:
+        word = word_W[first + torch.div(index * width, PACK, rounding_mode="floor")]
+        shift = (index * width % PACK).to(torch.int32)
+        code |= ((word >> shift) & (2**width - 1)) << low
+        first, low = first + runs * width, low + width
+    return code.to(torch.uint8)

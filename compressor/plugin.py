@@ -1,7 +1,8 @@
 """The transformers plug-in: importing this module lets `from_pretrained` load checkpoints that bitrank wrote.
 
 The checkpoint's config.json carries `quantization_config`: quant_method "bitrank", and for every compressed layer
-its (bits, rank, group_size, factor_bits), heads where there are several, and rotated where it is. Without this import
+its (bits, rank, group_size, factor_bits), heads where there are several, and rotated where it is. Where the output
+head is tied to a compressed embedding it shares its tensors, as transformers ties weights. Without this import
 transformers does not know the method, takes the packed `weight` for a plain one and stops at its shape.
 """
 
@@ -16,10 +17,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from allocator.storage import Option
 from compressor.experts import unstack_experts
-from compressor.linear import CompressedLinear
+from compressor.linear import CompressedLinear, matrix_names
+from compressor.table import CompressedEmbedding
 
 METHOD = "bitrank"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 where a table is compressed, heads have factors of their own or inputs are rotated, none of which earlier versions
+can load; 1 elsewhere."""
 
 
 @register_quantization_config(METHOD)
@@ -42,7 +46,7 @@ class BitrankConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class BitrankQuantizer(HfQuantizer):
-    """Puts a `CompressedLinear` wherever the config names a layer, before the weights are read."""
+    """Puts a compressed layer wherever the config names one, before the weights are read."""
 
     requires_calibration = True
 
@@ -67,16 +71,37 @@ class BitrankQuantizer(HfQuantizer):
 
 
 def replace_layers(model: nn.Module, options: dict[str, Option]) -> None:
-    """Swap the named linear layers for empty compressed ones, on the device they are on (usually meta).
+    """Swap the named layers for empty compressed ones, on the device they are on (usually meta).
 
     Expert stacks come apart even where no expert is named: a checkpoint that bitrank wrote has them apart.
     """
     unstack_experts(model)
     for name, option in options.items():
-        linear = model.get_submodule(name)
-        rows, columns = linear.weight.T.shape if isinstance(linear, Conv1D) else linear.weight.shape
-        with linear.weight.device:
-            layer = CompressedLinear(rows, columns, option, bias=linear.bias is not None)
-        if layer.bias is not None:
-            layer.bias.data = linear.bias.data
-        model.set_submodule(name, layer)
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Embedding):
+            _replace_embedding(model, name, layer, option)
+        else:
+            _replace_linear(model, name, layer, option)
+
+
+def _replace_linear(model: nn.Module, name: str, linear: Any, option: Option) -> None:
+    rows, columns = linear.weight.T.shape if isinstance(linear, Conv1D) else linear.weight.shape
+    with linear.weight.device:
+        layer = CompressedLinear(rows, columns, option, bias=linear.bias is not None)
+    if layer.bias is not None:
+        layer.bias.data = linear.bias.data
+    model.set_submodule(name, layer)
+
+
+def _replace_embedding(model: Any, name: str, embedding: nn.Embedding, option: Option) -> None:
+    """Also the heads tied to it: every stored tensor is tied then, not the weight alone."""
+    rows, columns = embedding.weight.shape
+    with embedding.weight.device:
+        layer = CompressedEmbedding(rows, columns, option, embedding.weight.dtype)
+    model.set_submodule(name, layer)
+    tied = [target for target, source in model.all_tied_weights_keys.items() if source == f"{name}.weight"]
+    for head in (target.removesuffix(".weight") for target in tied):
+        _replace_linear(model, head, model.get_submodule(head), option)
+        model.all_tied_weights_keys |= {f"{head}.{part}": f"{name}.{part}" for part in matrix_names("weight")}
+    if tied:
+        model.tie_weights(recompute_mapping=False)

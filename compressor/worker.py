@@ -28,6 +28,7 @@ from allocator.storage import KEEP_BITS
 from compressor.decompose import ROUNDS, Curvature, decompose
 from compressor.linear import layer_tensors
 from compressor.plugin import FORMAT_VERSION, METHOD
+from compressor.table import embedding_tensors, table_tensors
 
 INDEX = "model.safetensors.index.json"
 AUXILIARY = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "kv_cache.bases")
@@ -68,12 +69,15 @@ def compress(
 ) -> None:
     """Write the checkpoint that `plan` describes to `output`, which must not exist or be empty.
 
-    kept: the tensors no option touches; source: the original directory, whose configuration and tokenizer are
-    copied; beside: further files, by name. Raises `WorkError` when the output is occupied or the tensors are not the
-    plan's.
+    kept: the tensors outside the blocks' layers, tables among them; source: the original directory, whose
+    configuration and tokenizer are copied; beside: further files, by name. Raises `WorkError` when the output is
+    occupied or the tensors are not the plan's.
     """
     check_output(output)
-    if {name: t.numel() * t.element_size() for name, t in kept.items()} != plan.kept:
+    sizes = {name: t.numel() * t.element_size() for name, t in kept.items()}
+    tables = {name: kept[f"{name}.weight"] for name in plan.tables if f"{name}.weight" in kept}
+    rest = {name: size for name, size in sizes.items() if name.removesuffix(".weight") not in tables}
+    if rest != plan.kept or tables.keys() != plan.tables.keys():
         raise WorkError("the model's uncompressed tensors differ from the plan's; make the plan again")
     partial = output.with_name(f"{output.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -82,7 +86,8 @@ def compress(
         stray.unlink()
     shards = [shard_name(index, block_count) for index in range(block_count + 1)]
     if not is_finished(partial / shards[0], digest):
-        write_shard(partial / shards[0], kept, digest)
+        outside = {name: kept[name] for name in rest} | compress_tables(plan, tables)
+        write_shard(partial / shards[0], outside, digest)
     for block in blocks:
         shard = partial / shards[block.index + 1]
         if not is_finished(shard, digest):
@@ -114,6 +119,22 @@ def check_output(output: Path) -> None:
 
 def shard_name(index: int, block_count: int) -> str:
     return f"model-{index + 1:05d}-of-{block_count + 1:05d}.safetensors"
+
+
+def compress_tables(plan: Plan, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every stored tensor of the plan's tables, by full name; tables: their weights (V, d) by their names."""
+    tensors: dict[str, Tensor] = {}
+    for name, weight_Vd in tables.items():
+        planned, option = plan.layers[name], plan.layers[name].option
+        if planned.bits == KEEP_BITS:
+            stored = {"weight": weight_Vd}
+        elif plan.tables[name] == "head":
+            stored = table_tensors(weight_Vd, option)
+        else:
+            stored = embedding_tensors(weight_Vd, option)
+        _check_bytes(name, planned, stored)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
+    return tensors
 
 
 def compress_block(plan: Plan, layers: list[LayerWork]) -> dict[str, Tensor]:
@@ -194,13 +215,14 @@ def finish(
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
     """What config.json says of the compressed layers; see `plugin.py`."""
+    compressed = {name: layer for name, layer in plan.layers.items() if layer.bits != KEEP_BITS}
+    is_new = any(layer.heads > 1 or layer.rotated for layer in compressed.values())
     return {
         "quant_method": METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if is_new or compressed.keys() & plan.tables else 1,
         "layers": {
             name: layer.model_dump(include={"bits", "rank", "group_size", "factor_bits", "heads", "rotated"})
-            for name, layer in plan.layers.items()
-            if layer.bits != KEEP_BITS
+            for name, layer in compressed.items()
         },
     }
 

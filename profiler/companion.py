@@ -1,10 +1,12 @@
 """Companions of a profile: measurements of the same weights that may lie beside it, each one JSON file.
 
-What lives here: the documents, their files and their digests. How they are measured is in `fidelity.py`, `spectrum.py`
-and `cliff.py`. A companion belongs to weights, not to one profile: beside a profile of other weights it is refused.
+What lives here: the documents, their files and their digests. How they are measured is in `fidelity.py`, `spectrum.py`,
+`tables.py` and `cliff.py`. A companion belongs to weights, not to one profile: beside a profile of other weights it is
+refused.
 
     fidelity.json   what every block contributes; written with the profile
     spectrum.json   how the energy of every matrix and head spreads; written with the profile
+    tables.json     what the embedding and the output head cost in fewer bits; written with the profile
     cliff.json      what is lost as rank falls; written there by `bitrank cliff`
 """
 
@@ -22,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from allocator.atomic import write_atomically
 from allocator.errors import BitrankError
 from allocator.plan import PlanModel
+from allocator.problem import TableRole
 from allocator.storage import Option
 from profiler.estimate import Estimate
 from profiler.ushape import Shape
@@ -160,6 +163,38 @@ class SpectrumDocument(Companion):
 
     shares: tuple[float, ...]
     layers: dict[str, LayerSpectrum]
+
+
+@dataclass(frozen=True, slots=True)
+class TableMeasurement:
+    """error: relative squared error of the weights; kl_nats per token, of the model with this table alone rounded.
+    Where not `measured`, the KL is that of the same bits at another group size, scaled by the errors."""
+
+    option: Option
+    error: float
+    kl_nats: float
+    measured: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TableRecord:
+    """One table, vocabulary × hidden, and what was measured of it."""
+
+    role: TableRole
+    rows: int
+    columns: int
+    original_bytes: int
+    measurements: tuple[TableMeasurement, ...]
+
+
+class TablesDocument(Companion):
+    """tables.json: every table of the model by its module's name; none where it has none of a plain kind."""
+
+    file_name: ClassVar[str] = "tables.json"
+
+    windows: int
+    window_tokens: int
+    tables: dict[str, TableRecord]
 
 
 @dataclass(frozen=True, slots=True)

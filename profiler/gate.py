@@ -17,7 +17,7 @@ from allocator.errors import AllocationError
 from allocator.neighbours import neighbours
 from allocator.plan import MIB, Plan, with_choice
 from allocator.problem import Integers, Menu
-from allocator.strategies import choice_bytes, uniform
+from allocator.strategies import Uniform, choice_bytes, choose
 from allocator.verification import Verification, verdict
 from profiler.calibration import Progress
 from profiler.layers import LoadedModel
@@ -108,7 +108,7 @@ def _uniform_beside(menu: Menu, total_bytes: int) -> list[tuple[int, Integers]]:
     plans = []
     for bits in UNIFORM_BITS:
         try:
-            choice = uniform(menu, bits)
+            choice = choose(Uniform(bits), menu, total_bytes)
         except AllocationError:
             continue
         plans.append((choice_bytes(menu, choice), choice))

@@ -5,6 +5,7 @@ What lives here: the files of a profile directory, and reading one as a `Menu`. 
     profile.json           schema version, digests, settings, versions, layers with sensitivity and fit, probes, gain
     measurements.parquet   one row per layer and option: the relative squared output error, its interval if predicted
     calibration.safetensors  the token windows, so that a plan is carried out on what it was measured on
+    tables.json            prices of the embedding and the output head, a companion; earlier profiles have none
     .work/                 while unfinished: statistics and finished layers
 """
 
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -24,11 +26,12 @@ import pyarrow.parquet as parquet
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from allocator.errors import BitrankError
-from allocator.plan import PlanModel
+from allocator.plan import Plan, PlanModel
 from allocator.planner import Planner
 from allocator.problem import LayerMenu, Menu
 from allocator.storage import KEEP, Option, layer_bytes
 from profiler.class_gains import option_class
+from profiler.companion import TableRecord, TablesDocument
 from profiler.error_model import ErrorModel
 from profiler.gain import Gain, Probe
 from profiler.measurement import GridSettings, Measurement
@@ -119,36 +122,58 @@ class ProfileDocument(Frozen):
 
 @dataclass(frozen=True)
 class Profile:
-    """A finished profile, as read from its directory."""
+    """A finished profile, as read from its directory. `tables`: those that the menu offers beside the layers."""
 
     path: Path
     sha256: str
     document: ProfileDocument
     measurements: dict[str, tuple[Measurement, ...]]
+    tables: dict[str, TableRecord] = field(default_factory=dict)
+
+    @cached_property
+    def with_tables(self) -> Profile:
+        """The same profile, its embedding and output head on the menu. Raises `ProfileError` and `CompanionError`."""
+        found = TablesDocument.beside(self.path, self.document.model.weights_sha256)
+        if found is None:
+            raise ProfileError(
+                f"profile {self.path} has no measured tables; profile it again (the same command, into the same"
+                " directory, measures them alone)"
+            )
+        if not found.tables:
+            raise ProfileError(
+                f"{self.document.architecture} has no embedding or output head of a plain kind;"
+                " plan without --embeddings"
+            )
+        return replace(self, tables=found.tables)
+
+    def offering(self, plan: Plan) -> Profile:
+        """The profile whose menu has what the plan decides on."""
+        return self.with_tables if plan.tables else self
 
     @cached_property
     def menu(self) -> Menu:
         """Every option measured or predicted and keeping the layer, with calibrated costs (nats/token)."""
-        layers = []
+        layers = [*self._layer_menus(), *(table_menu(name, table) for name, table in self.tables.items())]
+        offered = {f"{name}.weight" for name in self.tables}
+        return Menu(tuple(layers), {k: size for k, size in self.document.kept.items() if k not in offered})
+
+    def _layer_menus(self) -> Iterator[LayerMenu]:
         for name, record in self.document.layers.items():
             measured = self.measurements[name]
             options = (*(m.option for m in measured), KEEP)
             sizes = [layer_bytes(record.rows, record.columns, o, record.original_bytes) for o in options]
             error = np.array([*(m.error for m in measured), 0.0])
             total_bytes = np.array(sizes, dtype=np.int64)
-            layers.append(
-                LayerMenu(
-                    name,
-                    record.rows,
-                    record.columns,
-                    record.original_bytes,
-                    options,
-                    total_bytes,
-                    error,
-                    error * np.array([self.price(name, o.bits) for o in options]),
-                )
+            yield LayerMenu(
+                name,
+                record.rows,
+                record.columns,
+                record.original_bytes,
+                options,
+                total_bytes,
+                error,
+                error * np.array([self.price(name, o.bits) for o in options]),
             )
-        return Menu(tuple(layers), self.document.kept)
 
     @cached_property
     def planner(self) -> Planner:
@@ -181,6 +206,23 @@ class Profile:
         from safetensors.torch import load_file
 
         return load_file(self.path / "calibration.safetensors")["tokens"].long()
+
+
+def table_menu(name: str, table: TableRecord) -> LayerMenu:
+    """The options of a table; its costs are measured in nats and take no gain."""
+    options = (*(m.option for m in table.measurements), KEEP)
+    sizes = [layer_bytes(table.rows, table.columns, o, table.original_bytes) for o in options]
+    return LayerMenu(
+        name,
+        table.rows,
+        table.columns,
+        table.original_bytes,
+        options,
+        np.array(sizes, dtype=np.int64),
+        np.array([*(m.error for m in table.measurements), 0.0]),
+        np.array([*(m.kl_nats for m in table.measurements), 0.0]),
+        table.role,
+    )
 
 
 def load_profile(path: Path) -> Profile:

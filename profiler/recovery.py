@@ -143,7 +143,11 @@ class TrainableLinear(nn.Module):
 def make_trainable(model: nn.Module) -> dict[str, TrainableLinear]:
     """Swap every compressed layer of a float32 model for a trainable one, and freeze all else."""
     model.requires_grad_(False)
-    layers = {n: TrainableLinear(m) for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
+    layers = {
+        name: TrainableLinear(module)
+        for name, module in model.named_modules()
+        if isinstance(module, CompressedLinear) and module is not model.get_output_embeddings()
+    }
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     return layers

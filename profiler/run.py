@@ -46,6 +46,7 @@ from profiler.calibration import (
     tokens_sha256,
 )
 from profiler.checkpoint import DEMO, DEMO_PATH, ModelRef, check_uncompressed, weights_sha256
+from profiler.companion import TablesDocument
 from profiler.dossier import write_dossier
 from profiler.error_model import fit_error_model
 from profiler.gain import Probe, calibrate
@@ -64,6 +65,7 @@ from profiler.profile import (
     load_profile,
 )
 from profiler.sweep import LayerSweep, default_ranks, sweep_moment
+from profiler.tables import write_tables
 from profiler.workspace import is_finished, prepare
 from profiler.writer import Writer
 
@@ -97,17 +99,27 @@ class ProfileSettings:
 def build_profile(ref: ModelRef, output: Path, settings: ProfileSettings, progress: Progress) -> Profile:
     """Profile a model into `output`, resuming an interrupted run of the same settings.
 
-    A finished profile of the same model and settings is returned as it is. Raises `ProfileError` when the directory
-    holds something else, `InUseError` when another process is writing it.
+    A finished profile of the same model and settings is returned as it is, its tables measured if an earlier version
+    did not. Raises `ProfileError` when the directory holds something else, `InUseError` when another process is
+    writing it.
     """
     run = open_run(ref, output, settings)
     if is_finished(output, run.request):
-        return load_profile(output)
+        return with_tables_measured(load_profile(output), run.loaded, progress)
     with alone(output):
         begin_profile(run, progress)
         for index in range(run.block_count):
             sweep_block(run, index, progress)
         return finish_profile(run, progress)
+
+
+def with_tables_measured(profile: Profile, loaded: LoadedModel, progress: Progress) -> Profile:
+    """The finished profile; its tables are measured where no companion says so yet."""
+    if (profile.path / TablesDocument.file_name).exists():
+        return profile
+    with alone(profile.path):
+        write_tables(loaded, profile.document.model, profile.probe_tokens(), profile.path, progress)
+    return profile
 
 
 @dataclass(frozen=True)
@@ -272,6 +284,7 @@ def finish_profile(run: ProfileRun, progress: Progress) -> Profile:
     )
     output = run.output
     write_dossier(loaded, model, run.probe_tokens, run.given[1], run.work, output, progress)
+    write_tables(loaded, model, run.probe_tokens, output, progress)
     write_atomically(output / "calibration.safetensors", save({"tokens": tokens_NT.int()}))
     write_atomically(output / "measurements.parquet", table)
     write_atomically(output / "profile.json", (document.model_dump_json(indent=1) + "\n").encode())

@@ -24,9 +24,10 @@ from profiler.calibration import Progress
 from profiler.evaluation import BATCH, compare, stored_logits
 from profiler.layers import Layer, LoadedModel
 from profiler.stream import block_works
+from profiler.tables import tables_rounded
 
 Trial = Mapping[str, Option]
-"""The option of every layer, by name."""
+"""The option of every layer, and of the tables that are not kept, by name."""
 BATCH_ON_CUDA = 16
 """Windows that a trial runs at once on a GPU: every layer is unpacked once for each batch."""
 
@@ -63,9 +64,10 @@ def measure_trials(
     for index, trial in enumerate(trials):
         row = folder / f"{index}.windows.safetensors"
         if not row.exists():
-            with loaded.replacing(
+            weights = loaded.replacing(
                 lambda layer, trial=trial: trial_weight(loaded, layer, trial[layer.name], folder)
-            ):
+            )
+            with weights, tables_rounded(loaded, trial):
                 found_N5 = compare(loaded.model, reference, tokens_NT, batch=batch)
             write_atomically(row, save({"found_N5": found_N5}))
         rows.append(load_file(row)["found_N5"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from allocator.atomic import write_atomically
 from allocator.exclusive import LOCK
-from profiler.companion import FidelityDocument, SpectrumDocument
+from profiler.companion import FidelityDocument, SpectrumDocument, TablesDocument
 from profiler.profile import ProfileError
 
 REQUEST = "request.json"
@@ -20,6 +20,7 @@ MEASURED = (
     "calibration.safetensors",
     FidelityDocument.file_name,
     SpectrumDocument.file_name,
+    TablesDocument.file_name,
 )
 """Files of a profile that are written before profile.json."""
 

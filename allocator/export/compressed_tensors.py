@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from allocator.export.limits import refuse_tables
 from allocator.export.patterns import by_scheme, merged, unquantized
 from allocator.plan import Plan
 
@@ -50,7 +51,11 @@ def layout_of(plan: Plan) -> Layout:
 
 
 def config(plan: Plan) -> str:
-    """The configuration of a plan as it stands, as JSON. What its ranks add is the adapter's (`peft.py`)."""
+    """The configuration of a plan as it stands, as JSON. What its ranks add is the adapter's (`peft.py`).
+
+    Raises `ExportError` for compressed tables.
+    """
+    refuse_tables(plan, "compressed-tensors")
     schemes = by_scheme(plan)
     quantized = {name for names in schemes.values() for name in names}
     rest = [name for name in plan.layers if name not in quantized]

@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 from allocator.errors import ExportError
-from allocator.export.limits import refuse_ranks, refuse_widths
+from allocator.export.limits import refuse_ranks, refuse_tables, refuse_widths
 from allocator.export.patterns import by_scheme, merged
 from allocator.plan import Plan
 from allocator.storage import KEEP_BITS
@@ -22,7 +22,8 @@ ADVICE = "plan again with --target gptqmodel"
 
 
 def quantize_config(plan: Plan) -> str:
-    """JSON. Raises `ExportError` for ranks, for other bits than `WIDTHS`, and when nothing is quantized."""
+    """JSON. Raises `ExportError` for ranks, tables, other bits than `WIDTHS`, and when nothing is quantized."""
+    refuse_tables(plan, "GPTQModel")
     refuse_ranks(plan, "GPTQModel", f"{ADVICE}, which buys no rank")
     refuse_widths(plan, "GPTQModel", WIDTHS, ADVICE)
     schemes = by_scheme(plan)

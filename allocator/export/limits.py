@@ -40,6 +40,15 @@ def refuse_heads(plan: Plan, tool: str, advice: str) -> None:
         )
 
 
+def refuse_tables(plan: Plan, tool: str) -> None:
+    """Raise `ExportError` when the plan decides on the embedding or the output head, which `tool` keeps at 16 bits."""
+    if plan.tables:
+        raise ExportError(
+            f"{tool} keeps embeddings and output heads at 16 bits, and the plan gives {next(iter(plan.tables))}"
+            f" {plan.layers[next(iter(plan.tables))].bits}; plan without --embeddings"
+        )
+
+
 def refuse_widths(plan: Plan, tool: str, widths: Collection[int], advice: str) -> None:
     """Raise `ExportError` when a layer has bits that `tool` does not run; kept layers always pass."""
     for name, layer in plan.layers.items():

@@ -49,18 +49,29 @@ def command(plan: Plan) -> str:
     arguments = [f"--tensor-type '{pattern}={name}'" for name, pattern in tensor_types(plan)]
     lines = [
         "llama-quantize",
-        "--token-embedding-type bf16 --output-tensor-type bf16",
+        " ".join(f"{option} {TYPES[bits].name}" for option, bits in table_bits(plan).items()),
         *arguments,
         "model-bf16.gguf model.gguf Q4_K_M",
     ]
     return "\n".join([*_comments(plan), " \\\n  ".join(lines), ""])
 
 
+def table_bits(plan: Plan) -> dict[str, int]:
+    """Bits by the option that sets them; llama.cpp takes a tied table for both."""
+    bits = {role: plan.layers[name].bits for name, role in plan.tables.items()}
+    tied = bits.get("tied", KEEP_BITS)
+    return {
+        "--token-embedding-type": bits.get("embedding", tied),
+        "--output-tensor-type": bits.get("head", tied),
+    }
+
+
 def tensor_types(plan: Plan) -> Iterator[tuple[str, str]]:
     """(type, pattern) pairs, whose patterns no two of which match one tensor."""
     names: dict[int, list[str]] = {}
     for name, layer in plan.layers.items():
-        names.setdefault(layer.bits, []).append(gguf_name(name))
+        if name not in plan.tables:
+            names.setdefault(layer.bits, []).append(gguf_name(name))
     for bits, members in sorted(names.items()):
         for pattern in merged(members):
             yield TYPES[bits].name, rf"^{pattern}\.weight$"

@@ -10,7 +10,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from allocator.export.compressed_tensors import GROUPED, config_groups
-from allocator.export.limits import refuse_ranks
+from allocator.export.limits import refuse_ranks, refuse_tables
 from allocator.export.patterns import by_scheme, unquantized
 from allocator.plan import Plan
 from allocator.storage import KEEP_BITS
@@ -22,7 +22,8 @@ ADVICE = (
 
 
 def recipe(plan: Plan) -> str:
-    """YAML for `oneshot(recipe=…)`. Raises `ExportError` for a plan with ranks."""
+    """YAML for `oneshot(recipe=…)`. Raises `ExportError` for a plan with ranks or tables."""
+    refuse_tables(plan, "llm-compressor")
     refuse_ranks(plan, "llm-compressor", ADVICE)
     kept = [name for name, layer in plan.layers.items() if layer.bits == KEEP_BITS]
     modifier: dict[str, Any] = {

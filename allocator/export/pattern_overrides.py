@@ -13,7 +13,7 @@ from glob import escape
 
 import yaml  # type: ignore[import-untyped]
 
-from allocator.export.limits import refuse_heads
+from allocator.export.limits import refuse_heads, refuse_tables
 from allocator.export.patterns import NUMBERED
 from allocator.plan import Plan
 from allocator.storage import Option
@@ -23,7 +23,8 @@ KEYS = ("bits", "rank", "group_size", "factor_bits")
 
 
 def overrides(plan: Plan) -> str:
-    """YAML, one mapping `pattern_overrides`. Raises `ExportError` where heads have factors of their own."""
+    """YAML, one mapping `pattern_overrides`. Raises `ExportError` for tables, or where heads have their own factors."""
+    refuse_tables(plan, "a tool that takes pattern overrides")
     refuse_heads(plan, "a pattern override", "plan without head-wise options: profile without --head-ratios")
     found = pattern_overrides({name: layer.option for name, layer in plan.layers.items()})
     text: str = yaml.safe_dump(

@@ -111,6 +111,7 @@ def plan_of(service: Service, profile_id: str, request: PlanRequest) -> Plan:
 
     constraints = None if request.constraints is None else request.constraints.rules()
     profile = service.profiles.load(profile_id)
+    profile = profile.with_tables if request.embeddings else profile
     with PLANNING if constraints is None and request.target is None else nullcontext():
         return plan_budget(profile, request.budget, request.strategy, constraints, request.target)
 
@@ -137,7 +138,8 @@ def explain_plan(
     from api.usecases import menu_for
 
     plan = service.plans.plan(plan_id)
-    return explain(plan_id, plan, menu_for(service.profiles.load(plan.profile_sha256), plan.target), layer)
+    profile = service.profiles.load(plan.profile_sha256).offering(plan)
+    return explain(plan_id, plan, menu_for(profile, plan.target), layer)
 
 
 @router.get(

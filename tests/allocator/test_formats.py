@@ -361,3 +361,34 @@ def test_every_format_gives_the_same_bytes_twice() -> None:
     options = {name: PLAIN[i % len(PLAIN)] for i, name in enumerate(NAMES)}
     for name in FORMATS.keys() - {"peft"}:
         assert text(name, options) == text(name, options)
+
+
+def with_tables(bits: Mapping[str, int]) -> Plan:
+    """A plan that decides on tables too; bits by role."""
+    names = {"embedding": "model.embed_tokens", "tied": "model.embed_tokens", "head": "lm_head"}
+    options = {NAMES[0]: PLAIN[0]} | {names[role]: Option(b, 0, 64, 0) for role, b in bits.items()}
+    return plan_of(options).model_copy(update={"tables": {names[role]: role for role in bits}})
+
+
+@pytest.mark.parametrize(
+    ("bits", "embedding", "head"),
+    [
+        ({"tied": 6}, "q6_K", "q6_K"),
+        ({"embedding": 4, "head": 8}, "q4_K", "q8_0"),
+        ({"embedding": 4, "head": 16}, "q4_K", "bf16"),
+        ({"embedding": 6}, "q6_K", "bf16"),
+        ({}, "bf16", "bf16"),
+    ],
+)
+def test_llama_quantize_gives_tables_the_types_of_their_bits(
+    bits: dict[str, int], embedding: str, head: str
+) -> None:
+    command = FORMATS["llama-quantize"].write(with_tables(bits))
+    assert f"--token-embedding-type {embedding} --output-tensor-type {head} " in command
+    assert "embed_tokens" not in command and "lm_head" not in command
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptqmodel", "llm-compressor", "pattern-overrides"])
+def test_a_tool_that_keeps_tables_refuses_a_plan_that_compresses_them(name: str) -> None:
+    with pytest.raises(ExportError, match=r"model\.embed_tokens 6; plan without --embeddings"):
+        format_named(name).write(with_tables({"tied": 6}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -16,7 +17,7 @@ from allocator.ggml import TYPES
 from allocator.problem import Integers, LayerMenu, Menu
 from allocator.storage import KEEP, Option, layer_bytes
 from allocator.strategies import uniform
-from allocator.targets import TARGETS, check_compressible, check_fused, target_named
+from allocator.targets import TARGETS, check_compressible, check_fused, check_tables, target_named
 
 OPTIONS = (
     *(Option(bits, 0, size, 0) for bits in (2, 3, 4, 5, 8) for size in (32, 64, 128)),
@@ -212,3 +213,30 @@ def test_a_plan_for_llama_cpp_is_not_compressed_here() -> None:
         check_compressible("llama.cpp")
     for target in (None, "vllm", "transformers"):
         check_compressible(target)
+
+
+def with_table(found: Menu) -> Menu:
+    options = (*(Option(bits, 0, size, 0) for bits in (8, 6, 4) for size in (32, 64, 128)), KEEP)
+    return replace(
+        found, layers=(*found.layers, replace(layer("embed", 512, 256, options), table="tied")), kept={}
+    )
+
+
+def test_a_runtime_that_keeps_tables_refuses_a_menu_that_offers_them() -> None:
+    for target in ("vllm", "llm-compressor", "gptqmodel"):
+        check_tables(menu(), target)
+        with pytest.raises(TargetError, match=f"target {target} holds embeddings.*plan without --embeddings"):
+            check_tables(with_table(menu()), target)
+
+
+def test_llama_cpp_takes_tables_at_the_sizes_of_its_types() -> None:
+    check_tables(with_table(menu()), "llama.cpp")
+    table = TARGETS["llama.cpp"].restricted(with_table(menu())).layers[-1]
+    sizes = dict(zip((o.bits for o in table.options), table.total_bytes.tolist(), strict=True))
+    assert table.table == "tied"
+    assert sizes == {
+        8: TYPES[8].tensor_bytes(512, 256),
+        6: TYPES[6].tensor_bytes(512, 256),
+        4: TYPES[4].tensor_bytes(512, 256),
+        16: 2 * 512 * 256,
+    }

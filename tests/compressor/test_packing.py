@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allocator.storage import packed_bytes
-from compressor.packing import PLANES, pack, unpack
+from compressor.packing import PLANES, pack, unpack, unpack_at
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 
@@ -24,6 +24,13 @@ def random_codes(rows: int, columns: int, bits: int, seed: int) -> torch.Tensor:
 def test_unpacking_gives_back_what_was_packed(bits: int, rows: int, columns: int, seed: int) -> None:
     code_OI = random_codes(rows, columns, bits, seed)
     assert torch.equal(unpack(pack(code_OI, bits), bits, columns), code_OI)
+
+
+@given(bits=st.sampled_from(WIDTHS), columns=st.integers(1, 200), seed=st.integers(0, 99))
+def test_codes_at_some_places_are_those_of_the_whole_row(bits: int, columns: int, seed: int) -> None:
+    code_1I = random_codes(1, columns, bits, seed)
+    place = torch.randint(columns, (3, 5), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(unpack_at(pack(code_1I, bits)[0], bits, place), code_1I[0, place])
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

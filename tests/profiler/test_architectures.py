@@ -205,7 +205,7 @@ sys.exit(42)
 def test_without_the_plugin_loading_fails_whichever_kind_of_layer_is_compressed(
     model_directory: Callable[[str], Path], tiny_profile: Callable[[str], Profile], tmp_path: Path
 ) -> None:
-    """One layer is compressed and all others kept, so that this layer alone must stop the loader."""
+    """One layer, or the tables, is compressed and all others kept, so that it alone must stop the loader."""
     cases = [
         ("llama", "model.layers.0.self_attn.q_proj", Option(3, 0, 32, 0)),
         ("llama", "model.layers.1.mlp.down_proj", Option(0, 8, 0, 16)),
@@ -223,6 +223,13 @@ def test_without_the_plugin_loading_fails_whichever_kind_of_layer_is_compressed(
         folder = tmp_path / str(index)
         folder.mkdir()
         journey = Journey.take(model_directory(architecture), profile, plan, folder)
+        checkpoints.append(str(journey.checkpoint))
+    for architecture in ("llama", "gpt_neo"):
+        profile = tiny_profile(architecture)
+        plan = plan_budget(profile.with_tables, "3.6bpw")
+        plan = with_options(plan, profile, {layer: KEEP for layer in profile.document.layers})
+        (tmp_path / architecture).mkdir()
+        journey = Journey.take(model_directory(architecture), profile, plan, tmp_path / architecture)
         checkpoints.append(str(journey.checkpoint))
     command = [sys.executable, "-c", LOAD_WITHOUT_PLUGIN, *checkpoints]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -174,6 +174,7 @@ def test_a_finished_profile_has_no_work_left_in_it(profiled: Path) -> None:
         "profile.json",
         "request.json",
         "spectrum.json",
+        "tables.json",
     ]
 
 
