@@ -83,8 +83,9 @@ def compare_strategies(
     progress: Progress,
     device: str = "cpu",
     policy: Policy | None = None,
+    share: float = 1.0,
 ) -> list[Comparison]:
-    """Each strategy beside the optimum at its bytes; uniform, recipes and a policy have a size, others take `budget`.
+    """Each strategy beside the optimum at a share of its bytes; those without a size of their own take `budget`.
 
     Raises what `plan_budget` raises, and `PlanError` when the model's weights are no longer the profile's.
     """
@@ -102,7 +103,7 @@ def compare_strategies(
         plan_budget(profile, size, s, policy=policy if s == "policy" else None)
         for s, size in zip(strategies, budgets, strict=True)
     ]
-    optima = [plan_budget(profile, f"{plan.total_bytes}B") for plan in plans]
+    optima = [plan_budget(profile, f"{int(share * plan.total_bytes)}B") for plan in plans]
     loaded = original_of(plans[0], device, None)
     with TemporaryDirectory(prefix="bitrank-compare-") as folder:
         done = verified(loaded, profile, [*plans, *optima], Path(folder), progress, swaps=0)

@@ -120,6 +120,9 @@ def compare(
     ] = None,
     policy: PolicyFile = None,
     embeddings: Embeddings = False,
+    share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of a strategy's bytes that the optimum beside it gets.")
+    ] = 1.0,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="JSON file to write; a page with a chart is written beside it."),
@@ -127,14 +130,14 @@ def compare(
     device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
-    """Measure strategies, each beside the optimum at the same bytes."""
+    """Measure strategies, each beside the optimum at the same bytes, or at a share of them."""
     from api.cli import print_json, print_table, strict
     from api.comparison import compare_strategies, write_comparison
 
     named = strategies or ["uniform:2", "uniform:3", "uniform:4"]
     loaded = _loaded(profile, embeddings)
     found = compare_strategies(
-        loaded, named, budget, progress(), device, _policy(policy, loaded, "policy" in named)
+        loaded, named, budget, progress(), device, _policy(policy, loaded, "policy" in named), share
     )
     document = {
         "model": loaded.document.model.model_dump(),

@@ -327,6 +327,7 @@ def test_another_profile_is_not_overwritten(bitrank: CommandLine, road: Road) ->
         (("progressive:fall",), 2, "progressive:fall has no size of its own; give --budget"),
         (("uniform:7",), 2, "does not offer 7 bits"),
         (("progressive:fall", "--budget", "1bpw"), 3, "smallest"),
+        (("uniform:3", "--share", "0.1"), 3, "smallest"),
     ],
 )
 def test_strategies_that_cannot_be_compared_are_refused(

@@ -339,6 +339,11 @@ def test_strategies_are_measured_beside_the_optimum_at_their_bytes(bitrank: Comm
     assert [pair["plan"]["mean_rank"] for pair in found[:2]] == [0, 4]
 
 
+def test_the_optimum_may_be_given_a_share_of_the_bytes(bitrank: CommandLine, road: Road) -> None:
+    (pair,) = answer(bitrank, "compare", road.profile, "uniform:4", "--share", "0.99")["comparisons"]
+    assert 0.985 < pair["optimum"]["total_bytes"] / pair["plan"]["total_bytes"] <= 0.99
+
+
 def test_a_comparison_is_written_with_its_page(bitrank: CommandLine, road: Road) -> None:
     printed = answer(bitrank, "compare", road.profile, "uniform:3", "-o", "found.json")
     assert json.loads((bitrank.folder / "found.json").read_text()) == printed
