@@ -106,6 +106,12 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
 
 @pytest.fixture
+def tiny_settings() -> ProfileSettings:
+    """Those of `tiny_profile`."""
+    return TINY
+
+
+@pytest.fixture
 def tiny_llama(model_directory: Callable[[str], Path]) -> LoadedModel:
     return load_model(find_model(str(model_directory("llama"))))
 

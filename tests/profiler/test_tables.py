@@ -24,7 +24,7 @@ from profiler.companion import TablesDocument
 from profiler.evaluation import live_logits, measure
 from profiler.layers import load_model, open_model
 from profiler.profile import Profile, ProfileError, load_profile
-from profiler.run import build_profile
+from profiler.run import ProfileSettings, build_profile
 from profiler.tables import find_tables, rounded, tables_rounded
 
 TABLES = {
@@ -105,14 +105,12 @@ def test_a_model_is_itself_again_once_its_tables_were_rounded(tiny_profile: Prof
 
 
 def test_profiling_again_measures_the_tables_that_an_earlier_version_did_not(
-    tiny_profile: Profiled, tmp_path: Path
+    tiny_profile: Profiled, tiny_settings: ProfileSettings, tmp_path: Path
 ) -> None:
-    from conftest import TINY
-
     made = tiny_profile("gpt_neo")
     copytree(made.path, tmp_path / "old")
     (tmp_path / "old" / TablesDocument.file_name).unlink()
-    again = build_profile(find_model(made.document.model.id), tmp_path / "old", TINY, silent)
+    again = build_profile(find_model(made.document.model.id), tmp_path / "old", tiny_settings, silent)
     assert again.sha256 == made.sha256
     assert again.with_tables.tables == made.with_tables.tables
 
