@@ -7,7 +7,6 @@ checkpoints of 3 bits, in turns.
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,12 +18,11 @@ from allocator.constraints import Ban, Constraints, Pattern
 from allocator.plan import Plan
 from api.progress import progress
 from api.usecases import execute, plan_budget
-from benchmarks.ladder import measured, planned
-from profiler.calibration import text_tokens
+from benchmarks.ladder import asked, measured, planned
 from profiler.checkpoint import find_model
 from profiler.evaluation import tokens_per_second
-from profiler.layers import LoadedModel, load_model, open_model
-from profiler.profile import Profile, load_profile
+from profiler.layers import LoadedModel, load_model
+from profiler.profile import Profile
 
 BUDGETS = ("2.3bpw", "2.6bpw", "3.0bpw", "3.3bpw")
 UNROTATED = Constraints(bans=(Ban("*", Pattern(rotated=True)),))
@@ -67,15 +65,7 @@ def speeds(profile: Profile, plans: tuple[Plan, Plan], folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("profile", type=Path)
-    parser.add_argument("texts", type=Path, nargs="+")
-    parser.add_argument("--tokens", type=int, default=32_768)
-    arguments = parser.parse_args()
-    profile = load_profile(arguments.profile)
-    loaded = open_model(find_model(profile.document.model.id))
-    share = arguments.tokens // len(arguments.texts)
-    tokens_NT = torch.cat([text_tokens(loaded, text, share) for text in arguments.texts])
+    profile, loaded, tokens_NT = asked(__doc__)
     compared = pairs(profile)
     wanted = {(name, side): plan for name, both in compared.items() for side, plan in enumerate(both)}
     rungs = {f"{name} {side}": partial(planned, plan) for (name, side), plan in wanted.items()}

@@ -27,7 +27,7 @@ from profiler.calibration import text_tokens
 from profiler.checkpoint import find_model
 from profiler.evaluation import compare, stored_logits
 from profiler.layers import LoadedModel, open_model
-from profiler.profile import load_profile
+from profiler.profile import Profile, load_profile
 from profiler.stream import block_works
 
 BITS, GROUP, RANK = (2, 3, 4, 5), 64, 64
@@ -92,8 +92,9 @@ def measured(
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def asked(description: str | None) -> tuple[Profile, LoadedModel, Tensor]:
+    """The profile on the command line, its model, and the windows (N, T) of the texts."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("profile", type=Path)
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--tokens", type=int, default=32_768)
@@ -102,6 +103,11 @@ def main() -> None:
     loaded = open_model(find_model(profile.document.model.id))
     share = arguments.tokens // len(arguments.texts)
     tokens_NT = torch.cat([text_tokens(loaded, text, share) for text in arguments.texts])
+    return profile, loaded, tokens_NT
+
+
+def main() -> None:
+    profile, loaded, tokens_NT = asked(__doc__)
     plans = {budget: plan_budget(profile, budget) for budget in BUDGETS}
     wanted = rungs() | {budget: partial(planned, plan) for budget, plan in plans.items()}
     with TemporaryDirectory() as folder:
