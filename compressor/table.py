@@ -11,6 +11,8 @@ Letters: V rows, the vocabulary; d columns; G groups of a row; n rows asked for.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -31,10 +33,7 @@ def embedding_tensors(weight_Vd: Tensor, option: Option) -> dict[str, Tensor]:
 
 def table_tensors(weight_Vd: Tensor, option: Option) -> dict[str, Tensor]:
     """Those of a table, each group on the searched grid that rounds it best; of any float dtype."""
-    parts = [
-        round_to_nearest(rows_nd.float(), option.bits, option.group_size)
-        for rows_nd in weight_Vd.split(_rows(weight_Vd.shape[1]))
-    ]
+    parts = list(_rounded(weight_Vd, option))
     zero_VG = torch.cat([part.zero_OG for part in parts])
     tensors = (
         torch.cat([pack(part.code_OI, option.bits) for part in parts]),
@@ -42,6 +41,17 @@ def table_tensors(weight_Vd: Tensor, option: Option) -> dict[str, Tensor]:
         pack(zero_VG.view(1, -1), option.bits),
     )
     return dict(zip(matrix_names("weight"), tensors, strict=True))
+
+
+def rounded_table(weight_Vd: Tensor, option: Option) -> Tensor:
+    """The table as it is read once it is stored, float32 (V, d)."""
+    return torch.cat([part.dequantize() for part in _rounded(weight_Vd, option)])
+
+
+def _rounded(weight_Vd: Tensor, option: Option) -> Iterator[Quantized]:
+    """Some rows at a time."""
+    for rows_nd in weight_Vd.split(_rows(weight_Vd.shape[1])):
+        yield round_to_nearest(rows_nd.float(), option.bits, option.group_size)
 
 
 class CompressedEmbedding(nn.Module):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from allocator.plan import PlanModel
 from allocator.problem import TableRole
 from allocator.storage import KEEP_BITS, Option
-from compressor.table import CompressedEmbedding, embedding_tensors
+from compressor.table import rounded_table
 from profiler.calibration import Progress
 from profiler.companion import TableMeasurement, TableRecord, TablesDocument
 from profiler.evaluation import Reference, measure, stored_logits
@@ -80,19 +80,11 @@ def tables_rounded(loaded: LoadedModel, options: Mapping[str, Option]) -> Iterat
     try:
         for table, option in chosen:
             if option.bits != KEEP_BITS:
-                _put(table, rounded(table.weight, option))
+                _put(table, rounded_table(table.weight, option))
         yield
     finally:
         for table, weight_Vd in before:
             _put(table, weight_Vd)
-
-
-def rounded(weight_Vd: Tensor, option: Option) -> Tensor:
-    """The table as it is stored under `option`, float32 (V, d)."""
-    with weight_Vd.device:
-        stored = CompressedEmbedding(*weight_Vd.shape, option, torch.float32)
-    stored.load_state_dict(embedding_tensors(weight_Vd, option))
-    return stored.dense_weight()
 
 
 def _put(table: Table, weight_Vd: Tensor) -> None:
@@ -131,7 +123,7 @@ def measure_table(loaded: LoadedModel, table: Table, reference: Reference, token
         measurements.append(TableMeasurement(option, base, kl_nats, measured=True))
         for group_size in GROUP_SIZES[1:]:
             option = Option(bits, 0, group_size, 0)
-            error = _relative_error(rounded(weight_Vd, option), weight_Vd)
+            error = _relative_error(rounded_table(weight_Vd, option), weight_Vd)
             scaled = kl_nats * error / base if base else kl_nats
             measurements.append(TableMeasurement(option, error, scaled, measured=False))
     rows, columns = weight_Vd.shape

@@ -17,7 +17,15 @@ from pathlib import Path
 
 import pytest
 
-PRELOAD = ("api.usecases", "profiler.profile", "compressor.worker", "pyarrow.parquet")
+PRELOAD = (
+    "api.usecases",
+    "profiler.run",
+    "compressor.worker",
+    "compressor.gptq_numba",
+    "pyarrow.parquet",
+    "pandas",
+)
+"""What commands import, pandas because pyarrow does where it is installed."""
 PATIENCE_SECONDS = 120
 
 

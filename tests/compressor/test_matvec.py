@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,29 +36,43 @@ def layer_of(
     return found, layer
 
 
-@interpreter
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("option", "columns"),
-    [
+INTERPRETED = [
+    (option, columns, dtype)
+    for option, columns in (
         (Option(2, 0, 32, 0), 192),
         (Option(3, 5, 64, 4), 704),
         (Option(4, 9, 128, 8), 320),
         (Option(5, 3, 64, 16), 128),
         (Option(6, 0, 32, 0), 64),
         (Option(8, 0, 128, 0), 8256),
-    ],
-    ids=str,
-)
-def test_one_token_in_the_interpreter(
-    normal: MakeTensor, tmp_path: Path, option: Option, columns: int, dtype: torch.dtype
-) -> None:
-    found, layer = layer_of(normal, 11, columns, option)
-    x_I = normal(columns, seed=1).to(dtype)
-    torch.save((layer, x_I), tmp_path / "layer.pt")
+    )
+    for dtype in (torch.bfloat16, torch.float16)
+]
+
+
+@pytest.fixture(scope="module")
+def outputs(normal: MakeTensor, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Tensor, Tensor]]:
+    """Of every case Q·x and the layer's output, all by one interpreter."""
+    folder = tmp_path_factory.mktemp("interpreted")
+    layers = [
+        (layer_of(normal, 11, columns, option)[1], normal(columns, seed=1).to(dtype))
+        for option, columns, dtype in INTERPRETED
+    ]
+    torch.save(layers, folder / "layers.pt")
     interpreted = os.environ | {"TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, warp.__file__, tmp_path], env=interpreted, check=True, timeout=300)
-    product_O, output_O = torch.load(tmp_path / "output.pt")
+    subprocess.run([sys.executable, warp.__file__, folder], env=interpreted, check=True, timeout=300)
+    found: list[tuple[Tensor, Tensor]] = torch.load(folder / "outputs.pt")
+    return found
+
+
+@interpreter
+@pytest.mark.parametrize("case", range(len(INTERPRETED)), ids=[str(case) for case in INTERPRETED])
+def test_one_token_in_the_interpreter(
+    normal: MakeTensor, outputs: list[tuple[Tensor, Tensor]], case: int
+) -> None:
+    option, columns, dtype = INTERPRETED[case]
+    found, _ = layer_of(normal, 11, columns, option)
+    x_I, (product_O, output_O) = normal(columns, seed=1).to(dtype), outputs[case]
     assert found.quantized is not None
     expected_O = found.quantized.dequantize().double() @ x_I.double()
     assert (product_O - expected_O).norm() < 1e-4 * expected_O.norm()

@@ -1,6 +1,6 @@
 """A warp that executes the few PTX instructions of the decode kernel, so that a machine without a GPU can test it.
 
-Run as a script, it multiplies with a layer through the whole kernel, in Triton's interpreter.
+Run as a script, it multiplies with layers through the whole kernel, in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -134,16 +134,24 @@ def inline_asm_elementwise(
 
 
 def multiply_in_the_interpreter(folder: Path) -> None:
-    """Q·x in float32, and the whole layer's output in the input's precision, cut off, as the interpreter casts."""
+    """Of every layer: Q·x in float32, and its output in the input's precision, cut off, as the interpreter casts."""
     from compressor import matvec_triton
 
     matvec_triton.tl.inline_asm_elementwise = inline_asm_elementwise
-    layer, x_I = torch.load(folder / "layer.pt", weights_only=False)
-    bits, group_size = layer.option.bits, layer.option.group_size
-    product_O = matvec_triton.matvec(
-        x_I, layer.weight, layer.weight_scale, layer.zero_points("weight"), bits, group_size, torch.float32
-    )
-    torch.save((product_O, layer._decode(x_I[None])[0]), folder / "output.pt")
+    outputs = []
+    for layer, x_I in torch.load(folder / "layers.pt", weights_only=False):
+        bits, group_size = layer.option.bits, layer.option.group_size
+        product_O = matvec_triton.matvec(
+            x_I,
+            layer.weight,
+            layer.weight_scale,
+            layer.zero_points("weight"),
+            bits,
+            group_size,
+            torch.float32,
+        )
+        outputs.append((product_O, layer._decode(x_I[None])[0]))
+    torch.save(outputs, folder / "outputs.pt")
 
 
 if __name__ == "__main__":

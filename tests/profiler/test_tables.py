@@ -17,7 +17,7 @@ from allocator.plan import Plan, load_plan
 from allocator.storage import KEEP_BITS, Option
 from api.usecases import compress_plan, plan_budget, uniform_points, verify_plan
 from compressor.linear import CompressedLinear
-from compressor.table import CompressedEmbedding
+from compressor.table import CompressedEmbedding, rounded_table
 from profiler.calibration import silent
 from profiler.checkpoint import find_model, tensor_bytes
 from profiler.companion import TablesDocument
@@ -25,7 +25,7 @@ from profiler.evaluation import live_logits, measure
 from profiler.layers import load_model, open_model
 from profiler.profile import Profile, ProfileError, load_profile
 from profiler.run import ProfileSettings, build_profile
-from profiler.tables import find_tables, rounded, tables_rounded
+from profiler.tables import find_tables, tables_rounded
 
 TABLES = {
     "llama": {"model.embed_tokens": "embedding", "lm_head": "head"},
@@ -178,7 +178,7 @@ def test_looked_up_rows_are_those_of_the_rounded_table(journey: Journey) -> None
     original = AutoModelForCausalLM.from_pretrained(journey.source)
     embedding, weight_Vd = model.get_input_embeddings(), original.get_input_embeddings().weight.detach()
     assert isinstance(embedding, CompressedEmbedding)
-    expected_Vd = rounded(weight_Vd, embedding.option)
+    expected_Vd = rounded_table(weight_Vd, embedding.option)
     ids = torch.tensor([[3, 0, 127], [5, 3, 3]])
     assert torch.equal(embedding(ids), expected_Vd[ids])
     assert torch.equal(embedding.dense_weight(), expected_Vd)
@@ -189,7 +189,7 @@ def test_the_head_computes_with_the_rounded_table_and_shares_it_where_it_is_tied
     original = AutoModelForCausalLM.from_pretrained(journey.source)
     head, weight_Vd = model.get_output_embeddings(), original.get_output_embeddings().weight.detach()
     assert isinstance(head, CompressedLinear)
-    assert torch.equal(head.dense_weight(), rounded(weight_Vd, head.option))
+    assert torch.equal(head.dense_weight(), rounded_table(weight_Vd, head.option))
     tied = "tied" in journey.plan.tables.values()
     for part in ("weight", "weight_scale", "weight_zero"):
         assert (getattr(head, part) is getattr(model.get_input_embeddings(), part)) == tied
