@@ -2,13 +2,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint shared clean
 demo: $(VENV)/installed
 	$(BIN)/bitrank demo
 
-test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not alone'
+test: $(VENV)/installed
+	$(MAKE) --jobs=2 lint shared
 	$(BIN)/python -m pytest -m alone
+
+shared: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not alone'
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
