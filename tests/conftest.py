@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 from command_line import CommandLine
+from hypothesis import settings
 from road import Road, write_model
 
 from profiler.checkpoint import DEMO_PATH
+
+settings.register_profile("correctness", deadline=None)
+settings.load_profile("correctness")
 
 
 @pytest.fixture
