@@ -1,13 +1,17 @@
 """Coordinate descent: after GPTQ, every code and scale moved to where the others, as they now stand, would have it.
 
 What lives here: the passes over the columns. The compiled innermost parts, which move codes, are in `gptq_numba.py` for
-a CPU and in `gptq_triton.py` for CUDA; grids and first codes come from `gptq.py`.
+a CPU and in `gptq_cuda.py` for CUDA; grids and first codes come from `gptq.py`.
 
 GPTQ rounds a column trusting that later columns will make its error good; when the last is rounded, earlier ones would
 often choose otherwise. With H damped as for GPTQ, E = W − Q and G = E H, the best value of column i, all else fixed,
 is q_i + g_i / h_ii, and rounding it to the grid can only lower tr(E H Eᵀ), row by row (Behdin et al., QuantEase, arXiv
 2309.01885). So it is with the scale of a group whose levels, code − zero, are l: the best adds (g l) / (lᵀ H l) to it.
 Zero points stay, and so do the bytes.
+
+A pass visits the columns a block at a time and moves codes, scales and codes again before it goes on: what a block
+gains by settling is paid for once, when its change is spread over G. Two passes of that leave what three do that move
+codes once.
 
 Letters as in `gptq.py`: P problems, O rows, I columns, R = P·O, S slots of 32 columns, C columns of a block, g of a
 group. A change is spread over G in halves, as GPTQ spreads its errors: over later columns within a pass, and over
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import groupby
 
@@ -27,16 +32,16 @@ from torch import Tensor
 from allocator.storage import ceil_div
 from compressor.gptq import FUSED, LEAF, damped_diagonal, in_halves, maximum_codes
 from compressor.grid import Quantized
-from compressor.precision import tensor_cores
+from compressor.precision import ROOM, Operand, product, subtract_product
 
-PASSES = 3
+PASSES = 2
 TINY = 1e-30
 
 
 def descended(
     w_POI: Tensor, quantized: Sequence[Quantized], hessian_II: Tensor, passes: int = PASSES
 ) -> list[Quantized]:
-    """Better codes and, from the second pass on, scales: no row's error under the damped H grows.
+    """Better codes and scales: no row's error under the damped H grows.
 
     w (P, O, I) and H (I, I) float32; every quantized matrix (O, I), in groups of 32, 64 or 128.
     """
@@ -44,7 +49,7 @@ def descended(
     order = sorted(range(problems), key=lambda p: quantized[p].group_size)
     state = _State.of([w_POI[p] for p in order], [quantized[p] for p in order], hessian_II)
     for later in range(passes):
-        _pass_over(state, later > 0, later + 1 < passes)
+        _pass_over(state, later + 1 < passes)
     code_POI = state.code_IR.T.reshape(problems, rows, columns)
     scale_PSO = state.scale_SR.view(-1, problems, rows).transpose(0, 1)
     better = {
@@ -60,19 +65,16 @@ def descended(
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """Pull G, what a pass changed of Q, the codes, and of each 32 columns the scales and zeros.
-
-    runs: the group sizes, ascending, and the rows that have them."""
+    """Pull G, what a pass changed of Q, the codes, and of each 32 columns the scales and zeros."""
 
     pull_IR: Tensor
-    change_IR: Tensor
+    change_IR: Operand
     code_IR: Tensor
     scale_SR: Tensor
     zero_SR: Tensor
-    runs: tuple[tuple[int, slice], ...]
-    hessian_II: Tensor
-    diagonal_I: Tensor
-    damping_I: Tensor
+    group_sizes: tuple[int, ...]
+    hessian_II: Operand
+    damped_II: Tensor
     maximum_P: Tensor
 
     @classmethod
@@ -80,28 +82,24 @@ class _State:
         pairs = zip(weights, quantized, strict=True)
         error_IR = torch.cat([(w_OI - q.dequantize()).T for w_OI, q in pairs], dim=1)
         slots = ceil_div(len(error_IR), LEAF)
-        diagonal_I = damped_diagonal(hessian_II)
-        damping_I = (diagonal_I - hessian_II.diagonal()).float()
-        with tensor_cores():
-            pull_IR = hessian_II @ error_IR
-        pull_IR.addcmul_(error_IR, damping_I[:, None])
+        damped_II = hessian_II.clone()
+        damped_II.diagonal().copy_(damped_diagonal(hessian_II))
+        operand_II, change_IR = Operand.of(damped_II), Operand.of(error_IR, ROOM)
         return cls(
-            pull_IR,
-            error_IR,
+            product(operand_II, change_IR),
+            change_IR,
             torch.cat([q.code_OI.T for q in quantized], dim=1),
             torch.cat([_by_slot(q.scale_OG, q.group_size, slots) for q in quantized], dim=1),
             torch.cat([_by_slot(q.zero_OG, q.group_size, slots) for q in quantized], dim=1),
-            tuple(_runs([q.group_size for q in quantized], len(weights[0]))),
-            hessian_II,
-            diagonal_I.float(),
-            damping_I,
+            tuple(q.group_size for q in quantized),
+            operand_II,
+            damped_II,
             maximum_codes(tuple(q.bits for q in quantized), error_IR.device),
         )
 
     def spread(self, onto: slice, source: slice) -> None:
         """What changed in the columns `source`, taken off G of others."""
-        with tensor_cores():
-            self.pull_IR[onto].addmm_(self.hessian_II[onto, source], self.change_IR[source], alpha=-1)
+        subtract_product(self.pull_IR[onto], self.hessian_II[onto, source], self.change_IR[source])
 
 
 def _by_slot(value_OG: Tensor, group_size: int, slots: int) -> Tensor:
@@ -117,30 +115,22 @@ def _runs(group_sizes: Sequence[int], rows: int) -> Iterator[tuple[int, slice]]:
         first = last
 
 
-def _pass_over(state: _State, scales: bool, again: bool) -> None:
-    """Move codes, and scales before them, a block at a time; G is as it should be for another pass if there is one."""
-    descend_block = _kernel(state.pull_IR.device.type)
+def _pass_over(state: _State, again: bool) -> None:
+    """Settle a block at a time; G is as it should be for another pass if there is one."""
+    settle = _settle(state.pull_IR.device.type)
 
     def visit(start: int, end: int) -> None:
         block, slots = slice(start, end), slice(start // LEAF, ceil_div(end, LEAF))
-        hessian_CC = state.hessian_II[block, block]
-        damped_CC = hessian_CC + torch.diag(state.damping_I[block])
-        grown_CR = _rescale(state, start, end, damped_CC) if scales else None
-        pull_CR = state.pull_IR[block]
-        descend_block(
-            pull_CR.clone() if again else pull_CR,
+        settle(
+            state.pull_IR[block],
             state.change_IR[block],
             state.code_IR[block],
             state.scale_SR[slots],
-            hessian_CC,
-            state.diagonal_I[block],
+            state.zero_SR[slots],
+            state.damped_II[block, block],
             state.maximum_P,
+            state.group_sizes,
         )
-        if again:
-            with tensor_cores():
-                pull_CR.addmm_(damped_CC, state.change_IR[block], alpha=-1)
-        if grown_CR is not None:
-            state.change_IR[block] += grown_CR
 
     def spread(start: int, middle: int, end: int) -> None:
         state.spread(slice(middle, end), slice(start, middle))
@@ -151,31 +141,90 @@ def _pass_over(state: _State, scales: bool, again: bool) -> None:
     in_halves(visit, spread, FUSED, 0, len(state.pull_IR), spread_back if again else None)
 
 
-def _rescale(state: _State, start: int, end: int, damped_CC: Tensor) -> Tensor:
-    """Move the scales of a block's groups where that lowers the error of the row; what that adds to Q, (C, R).
+def _settle(device: str) -> Callable[..., None]:
+    """What settles a block: one kernel on CUDA, elsewhere its parts, compiled where numba is."""
+    if device == "cuda":
+        from compressor import gptq_cuda
+
+        if gptq_cuda.available():
+            return gptq_cuda.settle
+    if device == "cpu" and find_spec("numba"):
+        from compressor.gptq_numba import move_codes as compiled
+
+        return partial(settle, compiled)
+    return partial(settle, move_codes)
+
+
+def settle(
+    move_codes: Callable[..., None],
+    pull_CR: Tensor,
+    change_CR: Operand,
+    code_CR: Tensor,
+    scale_SR: Tensor,
+    zero_SR: Tensor,
+    damped_CC: Tensor,
+    maximum_P: Tensor,
+    group_sizes: Sequence[int],
+) -> None:
+    """Codes, scales and codes of one block in place; change receives what was added to Q, all else as `move_codes`."""
+    moved_CR = torch.zeros_like(pull_CR)
+    moving = pull_CR, moved_CR, code_CR, scale_SR
+    move_codes(*moving, damped_CC, maximum_P)
+    for group_size, rows in _runs(group_sizes, pull_CR.shape[1] // len(group_sizes)):
+        moving_run = (part[:, rows] for part in (*moving, zero_SR))
+        move_scales(*moving_run, damped_CC, group_size)
+    move_codes(*moving, damped_CC, maximum_P)
+    change_CR.put(moved_CR)
+
+
+def move_codes(
+    pull_CR: Tensor,
+    change_CR: Tensor,
+    code_CR: Tensor,
+    scale_SR: Tensor,
+    damped_CC: Tensor,
+    maximum_P: Tensor,
+) -> None:
+    """Move the codes of a block in place, column by column, on any device; all float32 but the codes, uint8.
+
+    pull is G for the block and is kept up to date, what is added to Q is added to change, scale is that of each 32
+    columns, damped (C, C) the block's part of the damped H, maximum 2^bits − 1.
+    """
+    maximum_R = maximum_P.repeat_interleave(code_CR.shape[1] // len(maximum_P))
+    for column, diagonal in enumerate(damped_CC.diagonal().tolist()):
+        before_R, scale_R = code_CR[column].float(), scale_SR[column // LEAF]
+        wanted_R = before_R + (pull_CR[column] / diagonal / scale_R)
+        code_R = torch.minimum(wanted_R.round_().clamp_(min=0), maximum_R)
+        moved_R = (code_R - before_R) * scale_R
+        change_CR[column] += moved_R
+        code_CR[column] = code_R
+        pull_CR.addr_(damped_CC[column], moved_R, alpha=-1)
+
+
+def move_scales(
+    pull_CR: Tensor,
+    change_CR: Tensor,
+    code_CR: Tensor,
+    scale_SR: Tensor,
+    zero_SR: Tensor,
+    damped_CC: Tensor,
+    group_size: int,
+) -> None:
+    """Move the scales of a block's groups where that lowers the error of the row; otherwise as `move_codes`.
 
     One group of a row after the other: with levels l, a scale that grows by δ gains δ (2 g·l − δ lᵀHl).
     """
-    grown_CR = torch.empty_like(state.pull_IR[start:end])
-    for group_size, rows in state.runs:
-        pull_CR = state.pull_IR[start:end, rows]
-        for first in range(start, end, group_size):
-            group, inside = (
-                slice(first, min(first + group_size, end)),
-                slice(first - start, first - start + group_size),
-            )
-            slots = slice(first // LEAF, ceil_div(group.stop, LEAF))
-            scale_R = state.scale_SR[slots.start, rows]
-            level_gR = state.code_IR[group, rows] - state.zero_SR[slots.start, rows]
-            with tensor_cores():
-                onto_CR = damped_CC[:, inside] @ level_gR
-            step_R = _best_step(
-                scale_R, (pull_CR[inside] * level_gR).sum(dim=0), (onto_CR[inside] * level_gR).sum(dim=0)
-            )
-            pull_CR.addcmul_(onto_CR, step_R, value=-1)
-            torch.mul(level_gR, step_R, out=grown_CR[inside, rows])
-            state.scale_SR[slots, rows] = scale_R + step_R
-    return grown_CR
+    for first in range(0, len(pull_CR), group_size):
+        group = slice(first, first + group_size)
+        slots = slice(first // LEAF, ceil_div(min(group.stop, len(pull_CR)), LEAF))
+        scale_R = scale_SR[slots.start]
+        level_gR = code_CR[group] - zero_SR[slots.start]
+        onto_CR = damped_CC[:, group] @ level_gR
+        slope_R = (pull_CR[group] * level_gR).sum(dim=0)
+        step_R = _best_step(scale_R, slope_R, (onto_CR[group] * level_gR).sum(dim=0))
+        pull_CR.addcmul_(onto_CR, step_R, value=-1)
+        change_CR[group].addcmul_(level_gR, step_R)
+        scale_SR[slots] = scale_R + step_R
 
 
 def _best_step(scale_R: Tensor, slope_R: Tensor, curve_R: Tensor) -> Tensor:
@@ -184,37 +233,3 @@ def _best_step(scale_R: Tensor, slope_R: Tensor, curve_R: Tensor) -> Tensor:
     step_R = wanted_R.bfloat16().float() - scale_R
     better_R = (step_R * (2 * slope_R - step_R * curve_R) > 0) & (wanted_R > TINY)
     return torch.where(better_R, step_R, 0.0)
-
-
-def _kernel(device: str) -> Callable[..., None]:
-    if device == "cpu" and find_spec("numba"):
-        from compressor.gptq_numba import descend_block
-    elif device == "cuda" and find_spec("triton"):
-        from compressor.gptq_triton import descend_block
-    else:
-        descend_block = descend_by_column
-    return descend_block
-
-
-def descend_by_column(
-    pull_CR: Tensor,
-    change_CR: Tensor,
-    code_CR: Tensor,
-    scale_SR: Tensor,
-    hessian_CC: Tensor,
-    diagonal_C: Tensor,
-    maximum_P: Tensor,
-) -> None:
-    """Move the codes of a block in place, column by column, on any device; all float32 but the codes, uint8.
-
-    pull is G for the block and is used up, change receives what is added to Q, scale is that of each 32 columns,
-    hessian (C, C) the block's part of H, diagonal that of the damped H, maximum 2^bits − 1.
-    """
-    maximum_R = maximum_P.repeat_interleave(code_CR.shape[1] // len(maximum_P))
-    for column, diagonal in enumerate(diagonal_C.tolist()):
-        before_R, scale_R = code_CR[column].float(), scale_SR[column // LEAF]
-        wanted_R = before_R + (pull_CR[column] / diagonal / scale_R)
-        code_R = torch.minimum(wanted_R.round_().clamp_(min=0), maximum_R)
-        change_CR[column] = (code_R - before_R) * scale_R
-        code_CR[column] = code_R
-        pull_CR[column + 1 :].addr_(hessian_CC[column, column + 1 :], change_CR[column], alpha=-1)

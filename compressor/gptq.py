@@ -1,7 +1,7 @@
 """GPTQ: rounding column by column, each rounding error made good by the columns still to come.
 
 What lives here: the damped inverse factor of a Hessian and the column loop. Grids are in `grid.py`, the loop's
-compiled innermost part in `gptq_numba.py` for a CPU and in `gptq_triton.py` for CUDA.
+compiled innermost part in `gptq_numba.py` for a CPU and in `gptq_cuda.py` for CUDA.
 
 Letters: P problems of one shape under one Hessian (bit widths, group sizes, layers), O rows, I columns, R = P·O.
 The loop works on the transpose, (I, R), so that a column of every problem is one contiguous run of memory.
@@ -26,7 +26,7 @@ from torch import Tensor
 from allocator.errors import BitrankError
 from allocator.storage import ceil_div
 from compressor.grid import Grid, Quantized, grouped, search_grid
-from compressor.precision import tensor_cores
+from compressor.precision import ROOM, Operand, subtract_product
 
 LEAF = 32
 """Columns rounded one by one between two matrix products; every group size is a multiple."""
@@ -47,9 +47,8 @@ def inverse_factor(hessian_II: Tensor, damping: float = DAMPING) -> Tensor:
     damping is relative, so a Hessian of any scale, or of rank one, passes.
     """
     lower_II = cholesky(hessian_II.flip(0, 1), damping)
-    return torch.linalg.solve_triangular(
-        lower_II.flip(0, 1), torch.eye(len(lower_II), device=lower_II.device), upper=True
-    )
+    one_II = torch.eye(len(lower_II), device=lower_II.device)
+    return torch.linalg.solve_triangular(lower_II.flip(0, 1), one_II, upper=True).contiguous()
 
 
 def cholesky(hessian_II: Tensor, damping: float) -> Tensor:
@@ -83,8 +82,8 @@ def gptq(
     """Quantize P matrices of one shape in one column loop.
 
     w (P, O, I) float32; factor from `inverse_factor`; bits and group_sizes of length P. Group sizes are multiples
-    of 32; the last group of a row may be short. A compiled kernel takes 128 columns at a time, numba's on a CPU,
-    Triton's on CUDA, where it is installed; its sums run in another order, so that codes agree up to rounding.
+    of 32; the last group of a row may be short. A compiled kernel takes 128 columns at a time, where there is one; its
+    sums run in another order, so that codes agree up to rounding.
     """
     problems, rows, columns = w_POI.shape
     state = _State.of(w_POI, factor_II, bits, group_sizes)
@@ -123,11 +122,12 @@ class _State:
     """One run: the weights still to round, the errors made, the codes, and the grid that starts at each 32 columns."""
 
     w_IR: Tensor
-    error_IR: Tensor
+    error_IR: Operand
     code_IR: Tensor
     scale_SR: Tensor
     zero_SR: Tensor
     factor_II: Tensor
+    spreading_II: Operand
     maximum_P: Tensor
     group_sizes: tuple[int, ...]
 
@@ -138,14 +138,24 @@ class _State:
         scale_SR = w_IR.new_empty(ceil_div(columns, LEAF), problems * rows)
         return cls(
             w_IR,
-            torch.empty_like(w_IR),
+            Operand.empty_like(w_IR, _largest_error(w_IR, factor_II) * ROOM),
             torch.empty_like(w_IR, dtype=torch.uint8),
             scale_SR,
             torch.empty_like(scale_SR),
             factor_II,
+            Operand.of(factor_II),
             maximum_codes(tuple(bits), w_IR.device),
             tuple(group_sizes),
         )
+
+
+def _largest_error(w_IR: Tensor, factor_II: Tensor) -> float:
+    """What an error over the factor's diagonal may be at first, when a weight is rounded to 0."""
+    if w_IR.device.type != "cuda":
+        return 0.0
+    low, high = w_IR.aminmax()
+    largest = torch.maximum(-low, high) / factor_II.diagonal().amin()
+    return float(largest.item())
 
 
 @cache
@@ -183,9 +193,8 @@ def _round_halves(state: _State, round_leaf: Callable[[_State, int, int], None],
     """Round all columns, `leaf` at a time."""
 
     def spread(start: int, middle: int, end: int) -> None:
-        spread_II = state.factor_II[start:middle, middle:end].T
-        with tensor_cores():
-            state.w_IR[middle:end].addmm_(spread_II, state.error_IR[start:middle], alpha=-1)
+        spread_II = state.spreading_II[start:middle, middle:end].T
+        subtract_product(state.w_IR[middle:end], spread_II, state.error_IR[start:middle])
 
     in_halves(partial(round_leaf, state), spread, leaf, 0, len(state.w_IR))
 
@@ -208,8 +217,8 @@ class _Leaf:
             w_R = state.w_IR[column]
             code_R = self.now.encode(w_R)
             state.code_IR[column] = code_R
-            error_R = torch.sub(w_R, self.now.decode(code_R), out=state.error_IR[column])
-            error_R.div_(self.diagonal[column])
+            error_R = (w_R - self.now.decode(code_R)).div_(self.diagonal[column])
+            state.error_IR[column].put(error_R)
             if column + 1 < end:
                 spread_I = state.factor_II[column, column + 1 : end]
                 state.w_IR[column + 1 : end].addr_(spread_I, error_R, alpha=-1)
@@ -229,18 +238,26 @@ class _Leaf:
 
 
 def _kernel(device: str, group_sizes: Sequence[int]) -> Callable[..., None] | None:
-    """The compiled loop of a block of 128 columns, where one is installed and every group ends within a block."""
-    compiler = {"cpu": "numba", "cuda": "triton"}.get(device)
-    if compiler is None or find_spec(compiler) is None or any(FUSED % size for size in group_sizes):
+    """The compiled loop of a block of 128 columns, where there is one and every group ends within a block."""
+    if any(FUSED % size for size in group_sizes):
         return None
-    if compiler == "numba":
+    if device == "cpu" and find_spec("numba"):
         from compressor.gptq_numba import round_block
-    else:
-        from compressor.gptq_triton import round_block
-    return round_block
+
+        return round_block
+    if device == "cuda":
+        from compressor import gptq_cuda
+
+        return gptq_cuda.round_block if gptq_cuda.available() else None
+    return None
 
 
 def _round_fused(round_block: Callable[..., None], state: _State, start: int, end: int) -> None:
+    """One block, every earlier block's errors already spread over its weights.
+
+    error receives each column's error over the factor's diagonal, code the codes, scale and zero the grid of the group
+    that starts at each 32 columns; of the factor it gets the block's part. All float32 but codes, uint8, and errors.
+    """
     round_block(
         state.w_IR[start:end],
         state.error_IR[start:end],

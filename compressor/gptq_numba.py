@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compressor.grid import REFITS, SHRINKS
+from compressor.precision import Operand
 
 SHRINKS_T = np.array(SHRINKS, np.float32)
 LEAF = 32
@@ -36,7 +37,7 @@ Floats = NDArray[np.float32]
 
 def round_block(
     w_bR: Tensor,
-    error_bR: Tensor,
+    error_bR: Operand,
     code_bR: Tensor,
     scale_SR: Tensor,
     zero_SR: Tensor,
@@ -44,9 +45,9 @@ def round_block(
     maximum_P: Tensor,
     group_sizes: Sequence[int],
 ) -> None:
-    """Round one block of at most 128 columns in place; shapes and contents as for `gptq_triton.round_block`."""
+    """Round one block of at most 128 columns in place; shapes and contents as for `gptq._round_fused`."""
     rows = w_bR.shape[1] // len(group_sizes)
-    arrays = [t.numpy() for t in (w_bR, error_bR, code_bR, scale_SR, zero_SR, factor_bb.contiguous())]
+    arrays = [t.numpy() for t in (w_bR, error_bR.values, code_bR, scale_SR, zero_SR, factor_bb.contiguous())]
     maximum = maximum_P.tolist()
 
     def round_tiles(tiles: Sequence[tuple[int, int, int]]) -> None:
@@ -56,25 +57,27 @@ def round_block(
     _share(round_tiles, list(_tiles(len(group_sizes), rows)))
 
 
-def descend_block(
+def move_codes(
     pull_bR: Tensor,
     change_bR: Tensor,
     code_bR: Tensor,
     scale_SR: Tensor,
-    hessian_bb: Tensor,
-    diagonal_b: Tensor,
+    damped_bb: Tensor,
     maximum_P: Tensor,
 ) -> None:
-    """Move the codes of one block in place; shapes and contents as for `descent.descend_by_column`."""
+    """Move the codes of one block in place; shapes and contents as for `descent.move_codes`."""
     rows = pull_bR.shape[1] // len(maximum_P)
-    arrays = [t.numpy() for t in (pull_bR, change_bR, code_bR, scale_SR, hessian_bb.contiguous(), diagonal_b)]
+    moved_bR = torch.empty_like(pull_bR)
+    arrays = [t.numpy() for t in (pull_bR, moved_bR, code_bR, scale_SR, damped_bb.contiguous())]
     maximum = maximum_P.tolist()
 
-    def descend_tiles(tiles: Sequence[tuple[int, int, int]]) -> None:
+    def move_tiles(tiles: Sequence[tuple[int, int, int]]) -> None:
         for problem, first, last in tiles:
-            _descend_tile(*arrays, np.float32(maximum[problem]), first, last)
+            _move_tile(*arrays, np.float32(maximum[problem]), first, last)
 
-    _share(descend_tiles, list(_tiles(len(maximum), rows)))
+    _share(move_tiles, list(_tiles(len(maximum), rows)))
+    pull_bR.addmm_(damped_bb, moved_bR, alpha=-1)
+    change_bR += moved_bR
 
 
 def _share(
@@ -147,35 +150,34 @@ def _round_tile(
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _descend_tile(
+def _move_tile(
     pull_bR: Floats,
-    change_bR: Floats,
+    moved_bR: Floats,
     code_bR: NDArray[np.uint8],
     scale_SR: Floats,
-    hessian_bb: Floats,
-    diagonal_b: Floats,
+    damped_bb: Floats,
     maximum: np.float32,
     first: int,
     last: int,
 ) -> None:
     columns, count = pull_bR.shape[0], last - first
     pull_bt, scale_t = np.zeros((columns, TILE), np.float32), np.ones(TILE, np.float32)
-    before_t, change_t = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
+    before_t, moved_t = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
     pull_bt[:, :count] = pull_bR[:, first:last]
     for column in range(columns):
         scale_t[:count] = scale_SR[column // LEAF, first:last]
         before_t[:count] = code_bR[column, first:last]
-        diagonal = diagonal_b[column]
+        diagonal = damped_bb[column, column]
         for t in range(TILE):
             wanted = before_t[t] + pull_bt[column, t] / diagonal / scale_t[t]
             code = min(max((wanted + ROUNDER) - ROUNDER, np.float32(0)), maximum)
-            change_t[t] = (code - before_t[t]) * scale_t[t]
+            moved_t[t] = (code - before_t[t]) * scale_t[t]
             before_t[t] = code
         for later in range(column + 1, columns):
-            spread = hessian_bb[column, later]
+            spread = damped_bb[column, later]
             for t in range(TILE):
-                pull_bt[later, t] -= spread * change_t[t]
-        change_bR[column, first:last] = change_t[:count]
+                pull_bt[later, t] -= spread * moved_t[t]
+        moved_bR[column, first:last] = moved_t[:count]
         for t in range(count):
             code_bR[column, first + t] = np.uint8(before_t[t])
 
