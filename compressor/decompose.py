@@ -50,7 +50,7 @@ from compressor.lowrank import (
     stacked,
     through,
 )
-from compressor.precision import tensor_cores
+from compressor.precision import Operand, tensor_cores
 
 ROUNDS = 4
 LEAST_GAIN = 0.01
@@ -79,6 +79,15 @@ class Curvature:
         return cls(hessian_II.float(), square_root(hessian_II), inverse_factor(hessian_II))
 
     @cached_property
+    def root(self) -> Operand:
+        """S as a factor of products."""
+        return Operand.of(self.root_II)
+
+    def squared_norm(self, delta_OI: Tensor) -> Tensor:
+        """‖ΔS‖² = tr(Δ H Δᵀ): the squared output error of all rows, per token."""
+        return _squared_norm(through(delta_OI, self.root))
+
+    @cached_property
     def rotated(self) -> Curvature:
         """Of rotated inputs: V H Vᵀ."""
         return Curvature.of(_turned(_turned(self.hessian_II).T))
@@ -88,7 +97,7 @@ class Curvature:
 
         None where R takes less than `LEAST_ABSORBED` of the trace, or leaves nothing that can be factored.
         """
-        reach_Ir = self.root_II @ orthonormal(through(right_rI, self.root_II).T[None])[0]
+        reach_Ir = self.root_II @ orthonormal(through(right_rI, self.root).T[None])[0]
         if reach_Ir.square().sum() < LEAST_ABSORBED * self.hessian_II.diagonal().sum():
             return None
         hessian_II = self.hessian_II - reach_Ir @ reach_Ir.T
@@ -112,12 +121,23 @@ class Decomposition:
 
     def dense(self) -> Tensor:
         """Q + L·R as it acts on the layer's inputs, float32 (O, I)."""
-        parts = [part.dequantize() for part in [self.quantized] if part is not None]
-        parts += [part.product() for part in [self.factors] if part is not None]
-        whole_OI = sum(parts[1:], parts[0])
+        whole_OI = self._whole()
         if not self.option.rotated:
             return whole_OI
         return restored(whole_OI, rotation(whole_OI.shape[1], whole_OI.device))
+
+    def _whole(self) -> Tensor:
+        if self.quantized is None:
+            assert self.factors is not None
+            return self.factors.product()
+        q_OI = self.quantized.dequantize()
+        if self.factors is None:
+            return q_OI
+        return torch.addmm(q_OI.T, dense(self.factors.right_rI).T, dense(self.factors.left_rO)).T
+
+
+def _squared_norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x).square()
 
 
 def _turned(w_OI: Tensor) -> Tensor:
@@ -155,7 +175,11 @@ def decompose(
     assert all(option.heads == 1 or option.bits == 0 for option in options)
     for option in options:
         _check_rank(rows, columns, option)
-    problems = [_Problem(p, *both) for p, both in enumerate(zip(weights, options, strict=True))]
+    by_column = {id(w_OI): w_OI.T.contiguous().T for w_OI in weights}
+    problems = [
+        _Problem(p, by_column[id(w_OI)], option)
+        for p, (w_OI, option) in enumerate(zip(weights, options, strict=True))
+    ]
     batch = max(1, elements // (rows * columns))
     yield from _solved([p for p in problems if not p.option.rotated], curvature, rounds, batch)
     if turned := [p for p in problems if p.option.rotated]:
@@ -204,7 +228,9 @@ _Start = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
-    """One matrix (O, I) under one option; `place` is where the caller put it."""
+    """One matrix (O, I) under one option; `place` is where the caller put it.
+
+    Matrices lie in memory column by column, as GPTQ and descent work on them."""
 
     place: int
     weight_OI: Tensor
@@ -229,13 +255,12 @@ def _descended_of(
     problems: Sequence[_Problem], quantized: Sequence[Quantized], curvature: Curvature
 ) -> list[Quantized]:
     """Q of W with better codes."""
-    return descended(torch.stack([p.weight_OI for p in problems]), quantized, curvature.hessian_II)
+    return descended([p.weight_OI for p in problems], quantized, curvature.hessian_II)
 
 
 def _gptq(targets: Sequence[Tensor], problems: Sequence[_Problem], curvature: Curvature) -> list[Quantized]:
     options = [problem.option for problem in problems]
-    w_POI = torch.stack(list(targets))
-    return gptq(w_POI, curvature.factor_II, [o.bits for o in options], [o.group_size for o in options])
+    return gptq(targets, curvature.factor_II, [o.bits for o in options], [o.group_size for o in options])
 
 
 def _alternate(
@@ -267,7 +292,7 @@ def _alternate(
 def _of_heads(problem: _Problem, curvature: Curvature) -> Factors:
     """The best low-rank part of every head's rows of W, each as a matrix of its own."""
     w_OI, option = problem.weight_OI, problem.option
-    weighted_HOI = through(w_OI, curvature.root_II).unflatten(0, (option.heads, -1))
+    weighted_HOI = through(w_OI, curvature.root).unflatten(0, (option.heads, -1))
     direction_HOr = leading_directions(weighted_HOI, option.rank)
     blocks = w_OI.chunk(option.heads)
     left_rO, right_rI = stacked(blocks, list(direction_HOr), curvature.factor_II, option.factor_bits)
@@ -316,7 +341,7 @@ class _Starts:
             if start not in first:
                 first[start] = search
                 search.stand_on(self.quantized[start], self.curvature)
-                search.plain_error = search.weighted_OI.square().sum()
+                search.plain_error = _squared_norm(search.weighted_OI)
             if start not in self.directions:
                 self.directions[start] = self._leading(search.weighted_OI)
             search.stand_like(first[start])
@@ -328,7 +353,7 @@ class _Starts:
         w_OI, option = problem.weight_OI, problem.option
         whole, cut = (id(w_OI), 0, 0), (id(w_OI), option.rank, option.factor_bits)
         if whole not in self.directions:
-            self.directions[whole] = self._leading(through(w_OI, self.curvature.root_II))
+            self.directions[whole] = self._leading(through(w_OI, self.curvature.root))
         if cut not in self.parts:
             direction_Or = self.directions[whole][:, : option.rank]
             (factors,) = factorize([w_OI], [direction_Or], self.curvature.factor_II, option.factor_bits)
@@ -351,18 +376,17 @@ class _Search:
     def stand_on(self, quantized: Quantized, curvature: Curvature) -> None:
         self.quantized = quantized
         self.residual_OI = self.problem.weight_OI - quantized.dequantize()
-        self.weighted_OI = through(self.residual_OI, curvature.root_II)
+        self.weighted_OI = through(self.residual_OI, curvature.root)
 
     def stand_like(self, other: _Search) -> None:
         self.quantized, self.residual_OI = other.quantized, other.residual_OI
         self.weighted_OI, self.plain_error = other.weighted_OI, other.plain_error
 
-    def measured(self, curvature: Curvature) -> Tensor:
+    def measured(self, weighted_right_rI: Tensor) -> Tensor:
         """‖(W − Q)S − L(RS)‖²."""
-        weighted_right_rI = through(dense(self.factors.right_rI), curvature.root_II)
-        left_Or = dense(self.factors.left_rO).T
+        left_rO = dense(self.factors.left_rO)
         with tensor_cores():
-            return torch.addmm(self.weighted_OI, left_Or, weighted_right_rI, alpha=-1).square_().sum()
+            return _squared_norm(torch.addmm(self.weighted_OI.T, weighted_right_rI.T, left_rO, alpha=-1))
 
     @property
     def best_factors(self) -> Factors:
@@ -383,10 +407,7 @@ class _Search:
 def _restarted(searches: Sequence[_Search], starts: _Starts, curvature: Curvature) -> list[_Search]:
     """Searches where Q of W − LR, L·R the best low-rank part of W, may leave the least error; they take up that L·R."""
     foretold = torch.stack(
-        [
-            s.foretold(s.problem.weight_OI - starts.part(s.problem).factors.product(), curvature, curvature)
-            for s in searches
-        ]
+        [s.foretold(_rest(s.problem, starts.part(s.problem).factors), curvature, curvature) for s in searches]
     )
     again = []
     for search, error in zip(searches, foretold.tolist(), strict=True):
@@ -428,10 +449,16 @@ def _refit(searches: Sequence[_Search], curvature: Curvature) -> None:
         search.gained = search.error < error * (1 - LEAST_GAIN)
 
 
+def _rest(problem: _Problem, factors: Factors) -> Tensor:
+    """W − LR."""
+    with tensor_cores():
+        return torch.addmm(problem.weight_OI.T, dense(factors.right_rI).T, dense(factors.left_rO), alpha=-1).T
+
+
 def _requantize(searches: Sequence[_Search], curvature: Curvature) -> None:
     """Q of W − LR."""
     problems = [s.problem for s in searches]
-    rests = [s.problem.weight_OI - s.factors.product() for s in searches]
+    rests = [_rest(s.problem, s.factors) for s in searches]
     for search, quantized in zip(searches, _gptq(rests, problems, curvature), strict=True):
         search.stand_on(quantized, curvature)
 
@@ -441,11 +468,9 @@ def _polish(searches: Sequence[_Search], curvature: Curvature) -> None:
     rests, quantized = [], []
     for search in searches:
         assert search.best.quantized is not None and search.best.factors is not None
-        rests.append(search.problem.weight_OI - search.best.factors.product())
+        rests.append(_rest(search.problem, search.best.factors))
         quantized.append(search.best.quantized)
-    for search, better in zip(
-        searches, descended(torch.stack(rests), quantized, curvature.hessian_II), strict=True
-    ):
+    for search, better in zip(searches, descended(rests, quantized, curvature.hessian_II), strict=True):
         search.best = replace(search.best, quantized=better)
 
 
@@ -461,7 +486,10 @@ def _sharpen(searches: Sequence[_Search]) -> None:
 
 def _consider(searches: Sequence[_Search], curvature: Curvature) -> None:
     """Measure where they stand, and keep what is the best so far."""
-    errors = torch.stack([search.measured(curvature) for search in searches]).tolist()
+    rights = [dense(search.factors.right_rI) for search in searches]
+    weighted_RI = through(torch.cat(rights), curvature.root)
+    parts = zip(searches, weighted_RI.split([len(right) for right in rights]), strict=True)
+    errors = torch.stack([search.measured(weighted_rI) for search, weighted_rI in parts]).tolist()
     for search, error in zip(searches, errors, strict=True):
         search.error = error
         if error < search.least:

@@ -39,26 +39,29 @@ TINY = 1e-30
 
 
 def descended(
-    w_POI: Tensor, quantized: Sequence[Quantized], hessian_II: Tensor, passes: int = PASSES
+    weights: Sequence[Tensor] | Tensor,
+    quantized: Sequence[Quantized],
+    hessian_II: Tensor,
+    passes: int = PASSES,
 ) -> list[Quantized]:
     """Better codes and scales: no row's error under the damped H grows.
 
-    w (P, O, I) and H (I, I) float32; every quantized matrix (O, I), in groups of 32, 64 or 128.
+    P weights (O, I) and H (I, I) float32; every quantized matrix (O, I), in groups of 32, 64 or 128.
     """
-    problems, rows, columns = w_POI.shape
+    problems, rows = len(weights), len(weights[0])
     order = sorted(range(problems), key=lambda p: quantized[p].group_size)
-    state = _State.of([w_POI[p] for p in order], [quantized[p] for p in order], hessian_II)
+    state = _State.of([weights[p] for p in order], [quantized[p] for p in order], hessian_II)
     for later in range(passes):
         _pass_over(state, later + 1 < passes)
-    code_POI = state.code_IR.T.reshape(problems, rows, columns)
+    codes = state.code_IR.split(rows, dim=1)
     scale_PSO = state.scale_SR.view(-1, problems, rows).transpose(0, 1)
     better = {
         p: replace(
             quantized[p],
-            code_OI=code_OI,
-            scale_OG=scale_SO[:: quantized[p].group_size // LEAF].T.bfloat16().contiguous(),
+            code_OI=code_IO.T,
+            scale_OG=scale_SO[:: quantized[p].group_size // LEAF].T.bfloat16(),
         )
-        for p, code_OI, scale_SO in zip(order, code_POI, scale_PSO, strict=True)
+        for p, code_IO, scale_SO in zip(order, codes, scale_PSO, strict=True)
     }
     return [better[p] for p in range(problems)]
 

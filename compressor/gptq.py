@@ -77,33 +77,33 @@ def damped_diagonal(hessian_II: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def gptq(
-    w_POI: Tensor, factor_II: Tensor, bits: Sequence[int], group_sizes: Sequence[int]
+    weights: Sequence[Tensor] | Tensor, factor_II: Tensor, bits: Sequence[int], group_sizes: Sequence[int]
 ) -> list[Quantized]:
     """Quantize P matrices of one shape in one column loop.
 
-    w (P, O, I) float32; factor from `inverse_factor`; bits and group_sizes of length P. Group sizes are multiples
+    P weights (O, I) float32; factor from `inverse_factor`; bits and group_sizes of length P. Group sizes are multiples
     of 32; the last group of a row may be short. A compiled kernel takes 128 columns at a time, where there is one; its
     sums run in another order, so that codes agree up to rounding.
     """
-    problems, rows, columns = w_POI.shape
-    state = _State.of(w_POI, factor_II, bits, group_sizes)
-    round_block = _kernel(w_POI.device.type, group_sizes)
+    problems, rows = len(weights), len(weights[0])
+    device = weights[0].device
+    state = _State.of(weights, factor_II, bits, group_sizes)
+    round_block = _kernel(device.type, group_sizes)
     if round_block is None:
         _round_halves(state, _Leaf(state), LEAF)
     else:
         _round_halves(state, partial(_round_fused, round_block), FUSED)
-    code_POI = state.code_IR.T.reshape(problems, rows, columns)
     scale_SPO = state.scale_SR.view(-1, problems, rows)
     zero_SPO = state.zero_SR.view(-1, problems, rows)
     return [
         Quantized(
-            code_OI=code_POI[p].contiguous(),
-            scale_OG=scale_SPO[:: group_sizes[p] // LEAF, p].T.bfloat16().contiguous(),
-            zero_OG=zero_SPO[:: group_sizes[p] // LEAF, p].T.to(torch.uint8).contiguous(),
+            code_OI=code_IO.T,
+            scale_OG=scale_SPO[:: group_sizes[p] // LEAF, p].T.bfloat16(),
+            zero_OG=zero_SPO[:: group_sizes[p] // LEAF, p].T.to(torch.uint8),
             bits=bits[p],
             group_size=group_sizes[p],
         )
-        for p in range(problems)
+        for p, code_IO in enumerate(state.code_IR.split(rows, dim=1))
     ]
 
 
@@ -132,10 +132,15 @@ class _State:
     group_sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, w_POI: Tensor, factor_II: Tensor, bits: Sequence[int], group_sizes: Sequence[int]) -> _State:
-        problems, rows, columns = w_POI.shape
-        w_IR = w_POI.reshape(problems * rows, columns).T.contiguous()
-        scale_SR = w_IR.new_empty(ceil_div(columns, LEAF), problems * rows)
+    def of(
+        cls,
+        weights: Sequence[Tensor] | Tensor,
+        factor_II: Tensor,
+        bits: Sequence[int],
+        group_sizes: Sequence[int],
+    ) -> _State:
+        w_IR = torch.cat([w_OI.T for w_OI in weights], dim=1)
+        scale_SR = w_IR.new_empty(ceil_div(len(w_IR), LEAF), w_IR.shape[1])
         return cls(
             w_IR,
             Operand.empty_like(w_IR, _largest_error(w_IR, factor_II) * ROOM),

@@ -3,8 +3,8 @@
 What lives here: two launches. The products that spread a block's changes over other columns, and everything that holds
 on any device, are in `gptq.py` and `descent.py`; what the kernels do is said in `gptq.cu`.
 
-torch compiles the source when it is first needed, which takes seconds; its way of doing so is not yet public, and where it
-is missing plain torch does the work.
+torch compiles the source when it is first needed, which takes seconds; its way of doing so is not yet public, and where
+it is missing plain torch does the work.
 
 Letters: P problems, O rows of each, R = P·O, C columns of the block, S slots of 32 columns.
 """

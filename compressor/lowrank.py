@@ -27,7 +27,8 @@ from torch import Tensor
 from allocator.storage import FACTOR_GROUP_SIZE, KEEP_BITS, ceil_div
 from compressor.gptq import DAMPING, SingularHessianError, cholesky, gptq, round_to_nearest
 from compressor.grid import Quantized
-from compressor.precision import tensor_cores
+from compressor.precision import Operand, tensor_cores
+from compressor.precision import product as product_of
 
 OVERSAMPLING = 8
 ITERATIONS = 2
@@ -76,15 +77,14 @@ def square_root(hessian_II: Tensor) -> Tensor:
     return cholesky(hessian_II, DAMPING)
 
 
-def through(residual_OI: Tensor, root_II: Tensor) -> Tensor:
+def through(residual_OI: Tensor, root: Operand) -> Tensor:
     """E·S (O, I): S is lower triangular, so that a block of its columns needs the later columns of E alone."""
     columns = residual_OI.shape[1]
-    weighted_OI = torch.empty_like(residual_OI)
+    residual, weighted_OI = Operand.of(residual_OI), torch.empty_like(residual_OI)
     width = ceil_div(columns, TRIANGLE_BLOCKS)
-    with tensor_cores():
-        for first in range(0, columns, width):
-            block = slice(first, first + width)
-            torch.mm(residual_OI[:, first:], root_II[first:, block], out=weighted_OI[:, block])
+    for first in range(0, columns, width):
+        block, later = slice(first, first + width), slice(first, columns)
+        product_of(residual[:, later], root[later, block], weighted_OI[:, block])
     return weighted_OI
 
 

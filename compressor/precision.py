@@ -5,9 +5,9 @@ of which second moments are taken, and the errors that GPTQ and descent spread: 
 GPTQ's output error at most 0.04 %, either way, at any width: `docs/gpu.md`). Factors, factorizations and gradients stay
 in float32. Sums are float32 in either way, and on a CPU nothing is rounded at all.
 
-`tensor_cores` has cuBLAS round to TF32 as it goes. An `Operand` is rounded once, to float16, and multiplied twice as fast;
-a power of two keeps its numbers in the middle of float16's range, so that what is 2⁻²⁴ of the largest is still rounded
-to 11 bits where little is to be added, and 2⁻³¹ where nothing is.
+`tensor_cores` has cuBLAS round to TF32 as it goes. An `Operand` is rounded once, to float16, and multiplied twice as
+fast; a power of two puts its largest number, and room for larger ones, at the top of float16's range, so that what is
+2⁻²¹ of the largest, 2⁻²⁹ where no room is left, is still rounded to 11 bits.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Operand:
         return Operand(self.values[part], self.unit)
 
     @property
-    def T(self) -> Operand:
+    def T(self) -> Operand:  # noqa: N802  as torch calls it
         return Operand(self.values.T, self.unit)
 
 
@@ -81,9 +81,10 @@ def _bounds(x: Tensor) -> tuple[float, float]:
     return low, high
 
 
-def product(left: Operand, right: Operand) -> Tensor:
+def product(left: Operand, right: Operand, out: Tensor | None = None) -> Tensor:
     """left · right, float32."""
-    out = left.values.new_empty(left.values.shape[0], right.values.shape[1], dtype=torch.float32)
+    if out is None:
+        out = left.values.new_empty(left.values.shape[0], right.values.shape[1], dtype=torch.float32)
     return _add_product(out, left, right, 1.0, 0.0)
 
 

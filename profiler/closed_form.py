@@ -72,7 +72,7 @@ class ClosedForm:
         w, residual (O, I) float32; signal is tr(W H Wᵀ).
         """
         scale = (w_OI.square().sum(dim=0) @ curvature.pivots()).item() / max(signal, 1e-30)
-        weighted_OI = through(residual_OI, curvature.root_II)
+        weighted_OI = through(residual_OI, curvature.root)
         total = weighted_OI.square().sum().item()
         if scale <= FLOOR or total <= FLOOR * signal:
             return None

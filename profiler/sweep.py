@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from allocator.storage import Option
-from compressor.decompose import MAXIMUM_ELEMENTS, Curvature, Decomposition, decompose, squared_error
+from compressor.decompose import MAXIMUM_ELEMENTS, Curvature, Decomposition, decompose
 from profiler.calibration import InputMoment
 from profiler.closed_form import (
     ClosedForm,
@@ -121,9 +121,7 @@ class _Bench:
         self.options = options
         self.formed, self.spectrum = predictable(self.options), spectrum_option(self.options)
         self.weights = {layer.name: loaded.weight(layer) for layer in members}
-        self.signal = {
-            name: squared_error(w_OI, w_OI * 0, curvature.hessian_II) for name, w_OI in self.weights.items()
-        }
+        self.signal = {name: curvature.squared_norm(w_OI).item() for name, w_OI in self.weights.items()}
         self.found: dict[str, list[Measurement]] = {layer.name: [] for layer in members}
         self.forms: dict[str, ClosedForm | None] = {}
 
@@ -144,7 +142,7 @@ class _Bench:
             self.keep(layer, decomposition)
             w_OI, dense_OI = self.weights[layer.name], decomposition.dense()
             signal = self.signal[layer.name]
-            error = squared_error(w_OI, dense_OI, self.curvature.hessian_II)
+            error = self.curvature.squared_norm(w_OI - dense_OI).item()
             self.found[layer.name].append(Measurement(option, error / max(signal, 1e-30)))
             if option == self.spectrum:
                 ranks = sorted({option.rank for option in self.formed} - {0})

@@ -20,6 +20,7 @@ from compressor.lowrank import (
     square_root,
     through,
 )
+from compressor.precision import Operand
 
 MakeTensor = Callable[..., Tensor]
 
@@ -44,7 +45,9 @@ def tail_energy(residual_OI: Tensor, hessian_II: Tensor, rank: int) -> float:
 
 
 def factors_of(residual_OI: Tensor, hessian_II: Tensor, rank: int, bits: int = 16) -> Factors:
-    direction_Or = leading_directions(through(residual_OI, square_root(hessian_II))[None], rank)[0]
+    direction_Or = leading_directions(through(residual_OI, Operand.of(square_root(hessian_II)))[None], rank)[
+        0
+    ]
     return factorize([residual_OI], [direction_Or], inverse_factor(hessian_II), bits)[0]
 
 
@@ -123,7 +126,7 @@ def test_wider_factors_leave_less_error(normal: MakeTensor, correlated: MakeTens
 
 def test_directions_are_orthonormal_and_in_falling_order(normal: MakeTensor, correlated: MakeTensor) -> None:
     residual_OI, hessian_II = decaying(normal, 40, 60), correlated(60)
-    direction_Or = leading_directions(through(residual_OI, square_root(hessian_II))[None], 6)[0]
+    direction_Or = leading_directions(through(residual_OI, Operand.of(square_root(hessian_II)))[None], 6)[0]
     energy_r = ((direction_Or.T @ residual_OI @ hessian_II) * (direction_Or.T @ residual_OI)).sum(dim=1)
     assert torch.allclose(direction_Or.T @ direction_Or, torch.eye(6), atol=1e-5)
     assert (energy_r.diff() <= 0).all()
@@ -136,7 +139,7 @@ def test_problems_of_a_batch_keep_their_own_rank(
     residuals, hessian_II, ranks = list(normal(3, 24, 64)), correlated(64), [2, 5, 3]
     root_II = square_root(hessian_II)
     directions = [
-        leading_directions(through(residual_OI, root_II)[None], rank)[0]
+        leading_directions(through(residual_OI, Operand.of(root_II))[None], rank)[0]
         for residual_OI, rank in zip(residuals, ranks, strict=True)
     ]
     batch = factorize(residuals, directions, inverse_factor(hessian_II), bits)
@@ -150,13 +153,13 @@ def test_problems_of_a_batch_keep_their_own_rank(
 @pytest.mark.parametrize("columns", [1, 3, 50, 97])
 def test_through_is_the_product_with_a_triangular_root(normal: MakeTensor, columns: int) -> None:
     residual_OI, root_II = normal(20, columns), normal(columns, columns, seed=1).tril()
-    assert torch.allclose(through(residual_OI, root_II), residual_OI @ root_II, atol=1e-4)
+    assert torch.allclose(through(residual_OI, Operand.of(root_II)), residual_OI @ root_II, atol=1e-4)
 
 
 def test_sharpening_a_neighbouring_basis_leads_to_the_leading_directions(
     normal: MakeTensor, correlated: MakeTensor
 ) -> None:
-    weighted_1OI = through(decaying(normal, 64, 96), square_root(correlated(96)))[None]
+    weighted_1OI = through(decaying(normal, 64, 96), Operand.of(square_root(correlated(96))))[None]
     lead_1Or = leading_directions(weighted_1OI, 8)
     near_1Or = orthonormal(lead_1Or + 0.05 * normal(1, 64, 8))
     found_1Or = sharpened(weighted_1OI, near_1Or)
