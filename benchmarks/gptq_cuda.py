@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from compressor.decompose import squared_error
-from compressor.gptq import FUSED, LEAF, _Leaf, _round_halves, _State, gptq, inverse_factor
+from compressor.gptq import FUSED, LEAF, _Leaf, _State, gptq, in_halves, inverse_factor
 from compressor.grid import Grid, Quantized, search_grid
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -103,13 +103,13 @@ def report(
 
     def column_loop() -> None:
         state = _State.of(w_POI, factor_II, WIDTHS, groups)
-        _round_halves(state, _Leaf(state), LEAF)
+        in_halves(_Leaf(state), state.spread, LEAF, 0, len(state.w_IR))
 
     def products_alone() -> float:
         state = _State.of(w_POI, factor_II, WIDTHS, groups)
         state.error_IR.zero_()
-        _round_halves(state, lambda *_: None, FUSED)
-        return seconds(lambda: _round_halves(state, lambda *_: None, FUSED), repeats)
+        in_halves(lambda *_: None, state.spread, FUSED, 0, len(state.w_IR))
+        return seconds(lambda: in_halves(lambda *_: None, state.spread, FUSED, 0, len(state.w_IR)), repeats)
 
     def search() -> None:
         search_grid(group_gO, factor_II.diagonal()[:group_size, None], w_OI.new_full((rows,), 15.0))

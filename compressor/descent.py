@@ -32,7 +32,7 @@ from torch import Tensor
 from allocator.storage import ceil_div
 from compressor.gptq import FUSED, LEAF, damped_diagonal, in_halves, maximum_codes
 from compressor.grid import Quantized
-from compressor.precision import ROOM, Operand, product, subtract_product
+from compressor.precision import ROOM, Operand, largest_of, product, subtract_product
 
 PASSES = 2
 TINY = 1e-30
@@ -87,7 +87,7 @@ class _State:
         slots = ceil_div(len(error_IR), LEAF)
         damped_II = hessian_II.clone()
         damped_II.diagonal().copy_(damped_diagonal(hessian_II))
-        operand_II, change_IR = Operand.of(damped_II), Operand.of(error_IR, ROOM)
+        operand_II, change_IR = Operand.of(damped_II), Operand.of(error_IR, largest_of(error_IR) * ROOM)
         return cls(
             product(operand_II, change_IR),
             change_IR,
@@ -120,20 +120,6 @@ def _runs(group_sizes: Sequence[int], rows: int) -> Iterator[tuple[int, slice]]:
 
 def _pass_over(state: _State, again: bool) -> None:
     """Settle a block at a time; G is as it should be for another pass if there is one."""
-    settle = _settle(state.pull_IR.device.type)
-
-    def visit(start: int, end: int) -> None:
-        block, slots = slice(start, end), slice(start // LEAF, ceil_div(end, LEAF))
-        settle(
-            state.pull_IR[block],
-            state.change_IR[block],
-            state.code_IR[block],
-            state.scale_SR[slots],
-            state.zero_SR[slots],
-            state.damped_II[block, block],
-            state.maximum_P,
-            state.group_sizes,
-        )
 
     def spread(start: int, middle: int, end: int) -> None:
         state.spread(slice(middle, end), slice(start, middle))
@@ -141,43 +127,37 @@ def _pass_over(state: _State, again: bool) -> None:
     def spread_back(start: int, middle: int, end: int) -> None:
         state.spread(slice(start, middle), slice(middle, end))
 
-    in_halves(visit, spread, FUSED, 0, len(state.pull_IR), spread_back if again else None)
+    in_halves(_settler(state), spread, FUSED, 0, len(state.pull_IR), spread_back if again else None)
 
 
-def _settle(device: str) -> Callable[..., None]:
-    """What settles a block: one kernel on CUDA, elsewhere its parts, compiled where numba is."""
+def _settler(state: _State) -> Callable[[int, int], None]:
+    """What settles the block between two columns: one kernel on CUDA, elsewhere its parts, compiled where numba is."""
+    device = state.pull_IR.device.type
     if device == "cuda":
-        from compressor import gptq_cuda
+        from compressor.gptq_cuda import available, block_kernel
 
-        if gptq_cuda.available():
-            return gptq_cuda.settle
+        if available():
+            parts = state.pull_IR, state.change_IR, state.code_IR, state.scale_SR, state.zero_SR
+            return block_kernel("settle", *parts, state.damped_II, state.maximum_P, state.group_sizes)
     if device == "cpu" and find_spec("numba"):
         from compressor.gptq_numba import move_codes as compiled
 
-        return partial(settle, compiled)
-    return partial(settle, move_codes)
+        return partial(settle, compiled, state)
+    return partial(settle, move_codes, state)
 
 
-def settle(
-    move_codes: Callable[..., None],
-    pull_CR: Tensor,
-    change_CR: Operand,
-    code_CR: Tensor,
-    scale_SR: Tensor,
-    zero_SR: Tensor,
-    damped_CC: Tensor,
-    maximum_P: Tensor,
-    group_sizes: Sequence[int],
-) -> None:
-    """Codes, scales and codes of one block in place; change receives what was added to Q, all else as `move_codes`."""
+def settle(move_codes: Callable[..., None], state: _State, start: int, end: int) -> None:
+    """Codes, scales and codes of one block in place; G is kept up to date within it, and change is what Q gained."""
+    block, slots = slice(start, end), slice(start // LEAF, ceil_div(end, LEAF))
+    pull_CR, damped_CC = state.pull_IR[block], state.damped_II[block, block]
     moved_CR = torch.zeros_like(pull_CR)
-    moving = pull_CR, moved_CR, code_CR, scale_SR
-    move_codes(*moving, damped_CC, maximum_P)
-    for group_size, rows in _runs(group_sizes, pull_CR.shape[1] // len(group_sizes)):
-        moving_run = (part[:, rows] for part in (*moving, zero_SR))
+    moving = pull_CR, moved_CR, state.code_IR[block], state.scale_SR[slots]
+    move_codes(*moving, damped_CC, state.maximum_P)
+    for group_size, rows in _runs(state.group_sizes, pull_CR.shape[1] // len(state.group_sizes)):
+        moving_run = (part[:, rows] for part in (*moving, state.zero_SR[slots]))
         move_scales(*moving_run, damped_CC, group_size)
-    move_codes(*moving, damped_CC, maximum_P)
-    change_CR.put(moved_CR)
+    move_codes(*moving, damped_CC, state.maximum_P)
+    state.change_IR[block].put(moved_CR)
 
 
 def move_codes(

@@ -9,7 +9,8 @@
 // reading would bound it.
 //
 // A row never depends on another row. Rows beyond the last, and columns beyond `columns`, are zeros that nothing moves.
-// Defined when this is compiled: SHRINKS, the eight fractions of the range that the grid search tries, and REFITS.
+// Defined when this is compiled: SETTLE or ROUND_BLOCK, SHRINKS, the eight fractions of the range that the grid search
+// tries, and REFITS.
 
 constexpr int BLOCK = 128, LEAF = 32, LEAVES = BLOCK / LEAF, LANES = 8, OWN = BLOCK / LANES, TURN = LEAF / LANES;
 constexpr int HEIGHT = 4, THREADS = 128, ROWS = THREADS / LANES * HEIGHT, TRIALS = 2;
@@ -152,6 +153,8 @@ __device__ void spread(
     }
 }
 
+#ifdef SETTLE
+
 // Codes of one row, four to a register: those of a leaf. 2²³ + code has the code in its lowest byte.
 struct Codes {
     unsigned packed[LEAVES];
@@ -257,13 +260,16 @@ __device__ void move_scales(
 
 // Codes, scales and codes again; change, in float16, is 2^exponent times what was added to Q.
 extern "C" __global__ void __launch_bounds__(THREADS, 3) settle(
-    float* pull_CR, unsigned short* change_CR, unsigned char* code_CR, float* scale_SR, const float* zero_SR,
-    const float* damped_CC, const float* maximum_P, const int* leaves_P, int exponent, int rows, int stride, int down,
-    int right, int columns
+    float* pull_IR, unsigned short* change_IR, unsigned char* code_IR, float* scale_SR, const float* zero_SR,
+    const float* damped_II, const float* maximum_P, const int* leaves_P, int exponent, int rows, int stride, int down,
+    int right, int start, int columns
 ) {
     extern __shared__ float shared[];
     __shared__ float inverse[BLOCK];
-    share(shared, inverse, damped_CC, down, right, columns);
+    long before_it = (long)start * stride;
+    pull_IR += before_it, change_IR += before_it, code_IR += before_it, damped_II += (long)start * (down + right);
+    scale_SR += start / LEAF * stride, zero_SR += start / LEAF * stride;
+    share(shared, inverse, damped_II, down, right, columns);
     Rows row(rows, stride);
     __shared__ Grids grids;
     int own = threadIdx.x / LANES * HEIGHT, leaves = leaves_P[blockIdx.y];
@@ -284,7 +290,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) settle(
         int column = LANES * j + row.lane, place = column * stride + row.start;
         Four<float> pulls = {};
         Four<unsigned char> codes = {};
-        if (column < columns) pulls = fetched(pull_CR + place, row), codes = fetched(code_CR + place, row);
+        if (column < columns) pulls = fetched(pull_IR + place, row), codes = fetched(code_IR + place, row);
 #pragma unroll
         for (int i = 0; i < HEIGHT; i++) {
             pull[i][j] = pulls.of[i];
@@ -302,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) settle(
         int column = LANES * j + row.lane, l = j / TURN, place = column * stride + row.start;
         if (column >= columns) continue;
         Four<float> scales = fetched(scale_SR + l * stride + row.start, row), pulls;
-        Four<unsigned char> codes = fetched(code_CR + place, row);
+        Four<unsigned char> codes = fetched(code_IR + place, row);
         Four<unsigned short> changes;
 #pragma unroll
         for (int i = 0; i < HEIGHT; i++) {
@@ -311,15 +317,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) settle(
             codes.of[i] = (unsigned char)code[i].get(j);
             pulls.of[i] = pull[i][j];
         }
-        store(change_CR + place, changes, row);
-        store(code_CR + place, codes, row);
-        store(pull_CR + place, pulls, row);
+        store(change_IR + place, changes, row);
+        store(code_IR + place, codes, row);
+        store(pull_IR + place, pulls, row);
     }
     __syncwarp();
     if (row.lane < LEAVES && row.lane * LEAF < columns)
         for (int i = 0; i < row.count; i++)
             scale_SR[row.lane * stride + row.start + i] = grids.scale[row.lane][own + i];
 }
+
+#endif
+#ifdef ROUND_BLOCK
 
 struct Grid {
     float scale, zero;
@@ -415,13 +424,16 @@ __device__ void search(
 
 // Grids searched, columns rounded; error, in float16, is 2^exponent times each column's over the factor's diagonal.
 extern "C" __global__ void __launch_bounds__(THREADS, 3) round_block(
-    const float* w_CR, unsigned short* error_CR, unsigned char* code_CR, float* scale_SR, float* zero_SR,
-    const float* factor_CC, const float* maximum_P, const int* leaves_P, int exponent, int rows, int stride, int down,
-    int right, int columns
+    const float* w_IR, unsigned short* error_IR, unsigned char* code_IR, float* scale_SR, float* zero_SR,
+    const float* factor_II, const float* maximum_P, const int* leaves_P, int exponent, int rows, int stride, int down,
+    int right, int start, int columns
 ) {
     extern __shared__ float shared[];
     __shared__ float inverse[BLOCK];
-    share(shared, inverse, factor_CC, down, right, columns);
+    long before_it = (long)start * stride;
+    w_IR += before_it, error_IR += before_it, code_IR += before_it, factor_II += (long)start * (down + right);
+    scale_SR += start / LEAF * stride, zero_SR += start / LEAF * stride;
+    share(shared, inverse, factor_II, down, right, columns);
     Rows row(rows, stride);
     float w[HEIGHT][OWN], maximum = maximum_P[blockIdx.y], by = ldexpf(1.0f, exponent);
     int leaves = leaves_P[blockIdx.y];
@@ -429,7 +441,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) round_block(
     for (int j = 0; j < OWN; j++) {
         int column = LANES * j + row.lane;
         Four<float> weights = {};
-        if (column < columns) weights = fetched(w_CR + column * stride + row.start, row);
+        if (column < columns) weights = fetched(w_IR + column * stride + row.start, row);
 #pragma unroll
         for (int i = 0; i < HEIGHT; i++) w[i][j] = weights.of[i];
     }
@@ -476,9 +488,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) round_block(
                 errors.of[i] = to_half(own_error[i][j] * by);
                 codes.of[i] = (unsigned char)own_code[i][j];
             }
-            store(error_CR + column * stride + row.start, errors, row);
-            store(code_CR + column * stride + row.start, codes, row);
+            store(error_IR + column * stride + row.start, errors, row);
+            store(code_IR + column * stride + row.start, codes, row);
         }
         rotate(w);
     }
 }
+
+#endif

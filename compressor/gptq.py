@@ -86,13 +86,9 @@ def gptq(
     sums run in another order, so that codes agree up to rounding.
     """
     problems, rows = len(weights), len(weights[0])
-    device = weights[0].device
     state = _State.of(weights, factor_II, bits, group_sizes)
-    round_block = _kernel(device.type, group_sizes)
-    if round_block is None:
-        _round_halves(state, _Leaf(state), LEAF)
-    else:
-        _round_halves(state, partial(_round_fused, round_block), FUSED)
+    round_block = _compiled(state)
+    in_halves(round_block or _Leaf(state), state.spread, FUSED if round_block else LEAF, 0, len(state.w_IR))
     scale_SPO = state.scale_SR.view(-1, problems, rows)
     zero_SPO = state.zero_SR.view(-1, problems, rows)
     return [
@@ -141,26 +137,32 @@ class _State:
     ) -> _State:
         w_IR = torch.cat([w_OI.T for w_OI in weights], dim=1)
         scale_SR = w_IR.new_empty(ceil_div(len(w_IR), LEAF), w_IR.shape[1])
+        largest, error = _bounds(w_IR, factor_II)
         return cls(
             w_IR,
-            Operand.empty_like(w_IR, _largest_error(w_IR, factor_II) * ROOM),
+            Operand.empty_like(w_IR, error * ROOM),
             torch.empty_like(w_IR, dtype=torch.uint8),
             scale_SR,
             torch.empty_like(scale_SR),
             factor_II,
-            Operand.of(factor_II),
+            Operand.of(factor_II, largest),
             maximum_codes(tuple(bits), w_IR.device),
             tuple(group_sizes),
         )
 
+    def spread(self, start: int, middle: int, end: int) -> None:
+        """The errors of columns from `start` on, taken off the weights from `middle` on."""
+        spread_II = self.spreading_II[start:middle, middle:end].T
+        subtract_product(self.w_IR[middle:end], spread_II, self.error_IR[start:middle])
 
-def _largest_error(w_IR: Tensor, factor_II: Tensor) -> float:
-    """What an error over the factor's diagonal may be at first, when a weight is rounded to 0."""
+
+def _bounds(w_IR: Tensor, factor_II: Tensor) -> tuple[float, float]:
+    """Largest of the factor, and what an error over its diagonal may be at first, when a weight is rounded to 0."""
     if w_IR.device.type != "cuda":
-        return 0.0
-    low, high = w_IR.aminmax()
-    largest = torch.maximum(-low, high) / factor_II.diagonal().amin()
-    return float(largest.item())
+        return 0.0, 0.0
+    entry, weight = (torch.stack(x.aminmax()).abs().amax() for x in (factor_II, w_IR))
+    largest, error = torch.stack([entry, weight / factor_II.diagonal().amin()]).tolist()
+    return largest, error
 
 
 @cache
@@ -194,30 +196,22 @@ def in_halves(
         spread_back(start, middle, end)
 
 
-def _round_halves(state: _State, round_leaf: Callable[[_State, int, int], None], leaf: int) -> None:
-    """Round all columns, `leaf` at a time."""
-
-    def spread(start: int, middle: int, end: int) -> None:
-        spread_II = state.spreading_II[start:middle, middle:end].T
-        subtract_product(state.w_IR[middle:end], spread_II, state.error_IR[start:middle])
-
-    in_halves(partial(round_leaf, state), spread, leaf, 0, len(state.w_IR))
-
-
 class _Leaf:
     """Rounds up to 32 columns one by one, on any device; keeps every row's present grid."""
 
     def __init__(self, state: _State) -> None:
+        self.state = state
         self.rows = state.w_IR.shape[1] // len(state.group_sizes)
         self.diagonal = state.factor_II.diagonal().tolist()
         self.importance_I = state.factor_II.diagonal().square().reciprocal()
         maximum_R = state.maximum_P.repeat_interleave(self.rows)
         self.now = Grid(torch.ones_like(maximum_R), torch.zeros_like(maximum_R), maximum_R)
 
-    def __call__(self, state: _State, start: int, end: int) -> None:
+    def __call__(self, start: int, end: int) -> None:
+        state = self.state
         for group_size in sorted(set(state.group_sizes)):
             if start % group_size == 0:
-                self._search(state, start, group_size)
+                self._search(start, group_size)
         for column in range(start, end):
             w_R = state.w_IR[column]
             code_R = self.now.encode(w_R)
@@ -228,8 +222,9 @@ class _Leaf:
                 spread_I = state.factor_II[column, column + 1 : end]
                 state.w_IR[column + 1 : end].addr_(spread_I, error_R, alpha=-1)
 
-    def _search(self, state: _State, start: int, group_size: int) -> None:
+    def _search(self, start: int, group_size: int) -> None:
         """Refit the grids of every problem that starts a group here."""
+        state = self.state
         w_gR = state.w_IR[start : start + group_size]
         importance_g1 = self.importance_I[start : start + group_size, None]
         for p in [p for p, size in enumerate(state.group_sizes) if size == group_size]:
@@ -242,34 +237,24 @@ class _Leaf:
             )
 
 
-def _kernel(device: str, group_sizes: Sequence[int]) -> Callable[..., None] | None:
-    """The compiled loop of a block of 128 columns, where there is one and every group ends within a block."""
-    if any(FUSED % size for size in group_sizes):
+def _compiled(state: _State) -> Callable[[int, int], None] | None:
+    """What rounds a block of 128 columns at once, where it is installed and every group ends within a block.
+
+    It is given where the block starts and ends, every earlier block's errors already spread over its weights. error
+    receives each column's error over the factor's diagonal, code the codes, scale and zero the grid of the group that
+    starts at each 32 columns.
+    """
+    if any(FUSED % size for size in state.group_sizes):
         return None
-    if device == "cpu" and find_spec("numba"):
+    parts = state.w_IR, state.error_IR, state.code_IR, state.scale_SR, state.zero_SR, state.factor_II
+    if state.w_IR.device.type == "cpu" and find_spec("numba"):
         from compressor.gptq_numba import round_block
 
-        return round_block
-    if device == "cuda":
-        from compressor import gptq_cuda
+        return partial(round_block, *parts, state.maximum_P, state.group_sizes)
+    if state.w_IR.device.type == "cuda":
+        from compressor.gptq_cuda import available, block_kernel
 
-        return gptq_cuda.round_block if gptq_cuda.available() else None
+        return (
+            block_kernel("round_block", *parts, state.maximum_P, state.group_sizes) if available() else None
+        )
     return None
-
-
-def _round_fused(round_block: Callable[..., None], state: _State, start: int, end: int) -> None:
-    """One block, every earlier block's errors already spread over its weights.
-
-    error receives each column's error over the factor's diagonal, code the codes, scale and zero the grid of the group
-    that starts at each 32 columns; of the factor it gets the block's part. All float32 but codes, uint8, and errors.
-    """
-    round_block(
-        state.w_IR[start:end],
-        state.error_IR[start:end],
-        state.code_IR[start:end],
-        state.scale_SR[start // LEAF :],
-        state.zero_SR[start // LEAF :],
-        state.factor_II[start:end, start:end],
-        state.maximum_P,
-        state.group_sizes,
-    )

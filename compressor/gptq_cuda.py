@@ -1,20 +1,22 @@
 """A block of 128 columns of GPTQ or of descent on CUDA: `gptq.cu` compiled and launched.
 
-What lives here: two launches. The products that spread a block's changes over other columns, and everything that holds
-on any device, are in `gptq.py` and `descent.py`; what the kernels do is said in `gptq.cu`.
+What lives here: compiling and launching. The products that spread a block's changes over other columns, and everything
+that holds on any device, are in `gptq.py` and `descent.py`; what the kernels do is said in `gptq.cu`.
 
 torch compiles the source when it is first needed, which takes seconds; its way of doing so is not yet public, and where
 it is missing plain torch does the work.
 
-Letters: P problems, O rows of each, R = P·O, C columns of the block, S slots of 32 columns.
+Letters: P problems, O rows of each, R = P·O, I columns, S slots of 32 columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from math import log2
 from pathlib import Path
+from threading import Lock, Thread
 from typing import Any
 
 import torch
@@ -24,9 +26,11 @@ from allocator.storage import ceil_div
 from compressor.grid import REFITS, SHRINKS
 from compressor.precision import Operand
 
-THREADS, ROWS = 128, 64
-"""Of a thread block, as in `gptq.cu`."""
-SHARED_BYTES = 128 * 128 * 4
+KERNELS = ("round_block", "settle")
+BLOCK, THREADS, ROWS = 128, 128, 64
+"""Columns, threads and rows of a thread block, as in `gptq.cu`."""
+SHARED_BYTES = BLOCK * BLOCK * 4
+_compiling = Lock()
 
 
 def available() -> bool:
@@ -34,54 +38,46 @@ def available() -> bool:
     return hasattr(torch.cuda, "_compile_kernel") and torch.version.hip is None
 
 
-def round_block(
-    w_CR: Tensor,
-    error_CR: Operand,
-    code_CR: Tensor,
+def block_kernel(
+    name: str,
+    values_IR: Tensor,
+    changes_IR: Operand,
+    code_IR: Tensor,
     scale_SR: Tensor,
     zero_SR: Tensor,
-    factor_CC: Tensor,
+    matrix_II: Tensor,
     maximum_P: Tensor,
     group_sizes: Sequence[int],
-) -> None:
-    """Round one block of at most 128 columns; shapes and contents as for `gptq._round_fused`."""
-    _launch(
-        "round_block",
-        [w_CR, error_CR.values, code_CR, scale_SR, zero_SR, factor_CC, maximum_P],
-        error_CR,
-        group_sizes,
-    )
+) -> Callable[[int, int], None]:
+    """What works on the columns from the first number to the second, at most 128, in place.
+
+    round_block: values are weights, changes receives the errors and matrix is the factor, as `gptq._compiled` says.
+    settle: values are G, changes receives what is added to Q and matrix is the damped H, as for `descent.settle`.
+    """
+    kernel = _kernels(values_IR.device)[name]
+    rows, all_rows = values_IR.shape[1] // len(group_sizes), values_IR.shape[1]
+    tensors = values_IR, changes_IR.values, code_IR, scale_SR, zero_SR, matrix_II, maximum_P
+    fixed = [
+        *tensors,
+        _leaves(tuple(group_sizes), values_IR.device),
+        -round(log2(changes_IR.unit)),
+        rows,
+        all_rows,
+        *matrix_II.stride(),
+    ]
+    grid = ceil_div(rows, ROWS), len(group_sizes), 1
+
+    def work(start: int, end: int) -> None:
+        arguments = [*fixed, start, end - start]
+        kernel(grid=grid, block=(THREADS, 1, 1), args=arguments, shared_mem=SHARED_BYTES)
+
+    return work
 
 
-def settle(
-    pull_CR: Tensor,
-    change_CR: Operand,
-    code_CR: Tensor,
-    scale_SR: Tensor,
-    zero_SR: Tensor,
-    damped_CC: Tensor,
-    maximum_P: Tensor,
-    group_sizes: Sequence[int],
-) -> None:
-    """Move codes, scales and codes of one block in place; shapes and contents as for `descent.settle`."""
-    _launch(
-        "settle",
-        [pull_CR, change_CR.values, code_CR, scale_SR, zero_SR, damped_CC, maximum_P],
-        change_CR,
-        group_sizes,
-    )
-
-
-def _launch(name: str, tensors: list[Tensor], changes: Operand, group_sizes: Sequence[int]) -> None:
-    matrix_CC, (columns, all_rows) = tensors[5], tensors[0].shape
-    rows = all_rows // len(group_sizes)
-    leaves_P = _leaves(tuple(group_sizes), matrix_CC.device)
-    _kernel(name, matrix_CC.device)(
-        grid=(ceil_div(rows, ROWS), len(group_sizes), 1),
-        block=(THREADS, 1, 1),
-        args=[*tensors, leaves_P, -round(log2(changes.unit)), rows, all_rows, *matrix_CC.stride(), columns],
-        shared_mem=SHARED_BYTES,
-    )
+def warm_up(device: torch.device) -> None:
+    """Start compiling for a card, which takes seconds, before the kernels are needed."""
+    if device.type == "cuda" and available():
+        Thread(target=_kernels, args=(device,), name="nvrtc", daemon=True).start()
 
 
 @cache
@@ -89,13 +85,24 @@ def _leaves(group_sizes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([size // 32 for size in group_sizes], dtype=torch.int32, device=device)
 
 
+def _kernels(device: torch.device) -> dict[str, Callable[..., None]]:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with _compiling:
+        return _compiled(index)
+
+
 @cache
-def _kernel(name: str, device: torch.device) -> Callable[..., None]:
+def _compiled(index: int) -> dict[str, Callable[..., None]]:
+    with ThreadPoolExecutor(len(KERNELS)) as pool:
+        return dict(zip(KERNELS, pool.map(partial(_compile, index), KERNELS), strict=True))
+
+
+def _compile(index: int, name: str) -> Callable[..., None]:
     shrinks = ", ".join(f"{shrink!r}f" for shrink in SHRINKS)
     source = (Path(__file__).parent / "gptq.cu").read_text()
-    kernel: Any = torch.cuda._compile_kernel(
-        f"#define SHRINKS {shrinks}\n#define REFITS {REFITS}\n{source}", name
-    )
-    kernel.set_shared_memory_config(SHARED_BYTES)
+    head = f"#define {name.upper()}\n#define SHRINKS {shrinks}\n#define REFITS {REFITS}\n"
+    with torch.cuda.device(index):
+        kernel: Any = torch.cuda._compile_kernel(head + source, name)
+        kernel.set_shared_memory_config(SHARED_BYTES)
     launch: Callable[..., None] = kernel
     return launch

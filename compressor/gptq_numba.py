@@ -36,18 +36,22 @@ Floats = NDArray[np.float32]
 
 
 def round_block(
-    w_bR: Tensor,
-    error_bR: Operand,
-    code_bR: Tensor,
+    w_IR: Tensor,
+    error_IR: Operand,
+    code_IR: Tensor,
     scale_SR: Tensor,
     zero_SR: Tensor,
-    factor_bb: Tensor,
+    factor_II: Tensor,
     maximum_P: Tensor,
     group_sizes: Sequence[int],
+    start: int,
+    end: int,
 ) -> None:
-    """Round one block of at most 128 columns in place; shapes and contents as for `gptq._round_fused`."""
-    rows = w_bR.shape[1] // len(group_sizes)
-    arrays = [t.numpy() for t in (w_bR, error_bR.values, code_bR, scale_SR, zero_SR, factor_bb.contiguous())]
+    """Round columns start to end, at most 128, in place, as `gptq._compiled` says."""
+    block, slots = slice(start, end), slice(start // LEAF, None)
+    rows = w_IR.shape[1] // len(group_sizes)
+    columns = (w_IR[block], error_IR[block].values, code_IR[block], scale_SR[slots], zero_SR[slots])
+    arrays = [t.numpy() for t in (*columns, factor_II[block, block].contiguous())]
     maximum = maximum_P.tolist()
 
     def round_tiles(tiles: Sequence[tuple[int, int, int]]) -> None:

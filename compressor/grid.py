@@ -53,7 +53,7 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """(code − zero) · scale, float32 (O, I)."""
-        level_OGg = grouped(self.code_OI, self.group_size).float().sub_(self.zero_OG[..., None])
+        level_OGg = grouped(self.code_OI, self.group_size) - self.zero_OG[..., None].float()
         return level_OGg.mul_(self.scale_OG[..., None]).flatten(1)[:, : self.code_OI.shape[1]]
 
 

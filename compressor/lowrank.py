@@ -148,12 +148,17 @@ def stacked(
         torch.cat([direction_Or.T for direction_Or in directions]), factor_bits, round_to_nearest
     )
     lefts = dense(left_RO).split([direction_Or.shape[1] for direction_Or in directions])
-    rights = [
-        torch.linalg.solve_ex(left_rO @ left_rO.T, left_rO @ residual_OI).result
-        for left_rO, residual_OI in zip(lefts, residuals, strict=True)
-    ]
+    rights = [fitted(left_rO, residual_OI) for left_rO, residual_OI in zip(lefts, residuals, strict=True)]
     right_RI = _rounded(torch.cat(rights), factor_bits, partial(_round_right, factor_II))
     return left_RO, right_RI
+
+
+def fitted(left_rO: Tensor, residual_OI: Tensor) -> Tensor:
+    """R (r, I) of least squares: L's columns, orthonormal but for their rounding, make the normal equations tame."""
+    lower_rr, _ = torch.linalg.cholesky_ex(left_rO @ left_rO.T)
+    with tensor_cores():
+        seen_rI = left_rO @ residual_OI
+    return torch.cholesky_solve(seen_rI, lower_rr)
 
 
 def _rounded(

@@ -44,11 +44,11 @@ class Operand:
     unit: float
 
     @classmethod
-    def of(cls, x: Tensor, room: float = 1.0) -> Operand:
-        """A matrix, float32; later ones may be `room` times as large. On a CPU it is kept, not copied."""
+    def of(cls, x: Tensor, largest: float | None = None) -> Operand:
+        """A matrix, float32, and room for numbers up to `largest` in its place. On a CPU it is kept, not copied."""
         if x.device.type != "cuda":
             return cls(x, 1.0)
-        operand = cls.empty_like(x, max(abs(bound) for bound in _bounds(x)) * room)
+        operand = cls.empty_like(x, largest_of(x) if largest is None else largest)
         operand.put(x)
         return operand
 
@@ -76,9 +76,9 @@ class Operand:
         return Operand(self.values.T, self.unit)
 
 
-def _bounds(x: Tensor) -> tuple[float, float]:
-    low, high = torch.stack(x.aminmax()).tolist() if x.numel() else (0.0, 0.0)
-    return low, high
+def largest_of(x: Tensor) -> float:
+    """The largest magnitude; 0 of none."""
+    return torch.stack(x.aminmax()).abs().amax().item() if x.numel() else 0.0
 
 
 def product(left: Operand, right: Operand, out: Tensor | None = None) -> Tensor:

@@ -32,6 +32,7 @@ from allocator.plan import PlanModel
 from allocator.storage import Option
 from compressor.decompose import ROUNDS
 from compressor.descent import PASSES
+from compressor.gptq_cuda import warm_up
 from profiler.calibration import (
     BlockCall,
     BlockInputs,
@@ -203,6 +204,7 @@ def open_run(ref: ModelRef, output: Path, settings: ProfileSettings) -> ProfileR
     check_uncompressed(ref)
     weights = weights_sha256(ref)
     loaded = open_model(ref, settings.device)
+    warm_up(loaded.device)
     grid = grid_of(loaded, settings)
     measured = TypeAdapter(GridSettings).dump_python(grid)
     request = json.dumps(
@@ -317,7 +319,7 @@ def describe(settings: ProfileSettings) -> dict[str, Any]:
         "tokens": settings.tokens,
         "seed": settings.seed,
         "rounds": settings.rounds,
-        "descent": f"{PASSES} passes, scales before codes",
+        "descent": f"{PASSES} passes, each block settled",
         "adaptive": settings.adaptive,
     }
 

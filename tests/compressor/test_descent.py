@@ -134,6 +134,6 @@ def test_the_compiled_loop_finds_what_the_plain_one_finds(
 ) -> None:
     w_POI, first, hessian_II = problems(normal, correlated, columns)
     compiled = descended(w_POI, first, hessian_II)
-    monkeypatch.setattr(descent, "_settle", lambda device: partial(settle, move_codes))
+    monkeypatch.setattr(descent, "_settler", lambda state: partial(settle, move_codes, state))
     for ours, peer in zip(compiled, descended(w_POI, first, hessian_II), strict=True):
         assert (ours.code_OI != peer.code_OI).float().mean() < 0.01

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compressor.decompose import squared_error
-from compressor.gptq import LEAF, _Leaf, _round_halves, _State, gptq, inverse_factor
+from compressor.gptq import LEAF, _Leaf, _State, gptq, in_halves, inverse_factor
 from compressor.grid import Quantized
 
 MakeTensor = Callable[..., Tensor]
@@ -32,7 +32,7 @@ def problem(normal: MakeTensor, correlated: MakeTensor, rows: int, columns: int)
 
 def by_the_loop(w_POI: Tensor, factor_II: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     state = _State.of(w_POI, factor_II, BITS, GROUP_SIZES)
-    _round_halves(state, _Leaf(state), LEAF)
+    in_halves(_Leaf(state), state.spread, LEAF, 0, len(state.w_IR))
     return state.code_IR, state.scale_SR, state.zero_SR
 
 
