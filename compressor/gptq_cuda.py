@@ -102,6 +102,7 @@ def _compile(index: int, name: str) -> Callable[..., None]:
     source = (Path(__file__).parent / "gptq.cu").read_text()
     head = f"#define {name.upper()}\n#define SHRINKS {shrinks}\n#define REFITS {REFITS}\n"
     with torch.cuda.device(index):
+        torch.cuda.synchronize()  # a new thread has no context before its first call
         kernel: Any = torch.cuda._compile_kernel(head + source, name)
         kernel.set_shared_memory_config(SHARED_BYTES)
     launch: Callable[..., None] = kernel
