@@ -15,7 +15,7 @@ from api.progress import progress
 from benchmarks.road import ROOT, SHARED, measured_kl
 from profiler.run import ProfileSettings
 
-BUDGETS = ("2.6bpw", "3.3bpw", "4.3bpw")
+BUDGETS = ("2.3bpw", "2.6bpw", "3.0bpw", "3.3bpw", "3.75bpw", "4.3bpw")
 
 
 def table(model: str, work: Path, tokens: int) -> str:

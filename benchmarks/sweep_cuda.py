@@ -37,7 +37,7 @@ from profiler.run import (
     begin_profile,
     open_run,
     read_sweep,
-    sweep_block,
+    sweep_blocks,
 )
 from profiler.workspace import prepare
 
@@ -105,8 +105,7 @@ def sweep(run: ProfileRun, blocks: range, report: Progress) -> tuple[float, int]
     """Seconds and the most bytes held on the card."""
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    for index in blocks:
-        sweep_block(run, index, report)
+    sweep_blocks(run, blocks, report)
     torch.cuda.synchronize()
     return time.perf_counter() - started, torch.cuda.max_memory_allocated()
 

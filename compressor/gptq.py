@@ -72,8 +72,10 @@ def cholesky(hessian_II: Tensor, damping: float) -> Tensor:
 def damped_diagonal(hessian_II: Tensor, damping: float = DAMPING) -> Tensor:
     """diag H + damping·mean(diag H), float64 (I,); columns that no token excites count as average."""
     diagonal_I = hessian_II.diagonal().double()
-    mean = diagonal_I[diagonal_I > 0].mean() if (diagonal_I > 0).any() else diagonal_I.new_ones(())
-    return torch.where(diagonal_I > 0, diagonal_I, mean) + damping * mean
+    excited_I = diagonal_I > 0
+    count = excited_I.sum()
+    mean = torch.where(count > 0, torch.where(excited_I, diagonal_I, 0).sum() / count.clamp(min=1), 1.0)
+    return torch.where(excited_I, diagonal_I, mean) + damping * mean
 
 
 def gptq(

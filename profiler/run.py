@@ -10,7 +10,7 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import cached_property, partial
 from io import BytesIO
@@ -109,8 +109,7 @@ def build_profile(ref: ModelRef, output: Path, settings: ProfileSettings, progre
         return with_tables_measured(load_profile(output), run.loaded, progress)
     with alone(output):
         begin_profile(run, progress)
-        for index in range(run.block_count):
-            sweep_block(run, index, progress)
+        sweep_blocks(run, range(run.block_count), progress)
         return finish_profile(run, progress)
 
 
@@ -227,25 +226,34 @@ def begin_profile(run: ProfileRun, progress: Progress) -> None:
 
 def sweep_block(run: ProfileRun, index: int, progress: Progress) -> list[str]:
     """Measure the layers of one block of a begun run that have no file yet; the names of those measured."""
+    return sweep_blocks(run, [index], progress)
+
+
+def sweep_blocks(run: ProfileRun, indices: Iterable[int], progress: Progress) -> list[str]:
+    """As `sweep_block`, of several blocks; each is measured while the disk takes in the one before it."""
     measured: list[str] = []
     run.report_sweep(progress)
-    if run.is_swept(run.loaded.layers_of(index)):
-        return measured
     with Writer() as writer:
-        keep, settings = keeper(run.work / "probes", writer), run.settings
-        for moment in input_moments(run.loaded, index, run.calls, run.inputs[index]):
-            if run.is_swept(moment.layers):
-                continue
-            for sweep in sweep_moment(
-                run.loaded, moment, run.moments, run.grid, keep, settings.rounds, settings.adaptive
-            ):
-                document = json.dumps(asdict(sweep)).encode()
-                writer.submit(partial(write_atomically, run.layer_file(sweep.layer), document))
-                measured.append(sweep.layer.name)
-                run.report_sweep(progress)
+        for index in indices:
+            if not run.is_swept(run.loaded.layers_of(index)):
+                measured += _sweep_block(run, index, writer, progress)
+                return_fragments()
     run.report_sweep(progress)
-    return_fragments()
     return measured
+
+
+def _sweep_block(run: ProfileRun, index: int, writer: Writer, progress: Progress) -> Iterator[str]:
+    keep, settings = keeper(run.work / "probes", writer), run.settings
+    for moment in input_moments(run.loaded, index, run.calls, run.inputs[index]):
+        if run.is_swept(moment.layers):
+            continue
+        for sweep in sweep_moment(
+            run.loaded, moment, run.moments, run.grid, keep, settings.rounds, settings.adaptive
+        ):
+            document = json.dumps(asdict(sweep)).encode()
+            writer.submit(partial(write_atomically, run.layer_file(sweep.layer), document))
+            run.report_sweep(progress)
+            yield sweep.layer.name
 
 
 def finish_profile(run: ProfileRun, progress: Progress) -> Profile:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import BoundedSemaphore
 from types import TracebackType
 
-WAITING = 4
+WAITING = 8
 """Tasks that may wait; what they hold stays in memory."""
 
 
