@@ -107,7 +107,7 @@ def report(
 
     def products_alone() -> float:
         state = _State.of(w_POI, factor_II, WIDTHS, groups)
-        state.error_IR.zero_()
+        state.error_IR.values.zero_()
         in_halves(lambda *_: None, state.spread, FUSED, 0, len(state.w_IR))
         return seconds(lambda: in_halves(lambda *_: None, state.spread, FUSED, 0, len(state.w_IR)), repeats)
 

@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=32_768, help="held-out tokens")
     parser.add_argument("--plans", type=int, default=PLANS)
+    parser.add_argument("--seed", type=int, default=0, help="another draws other plans")
     parser.add_argument("--json", type=Path, help="write every plan's figures here")
     parser.add_argument("--work", type=Path, help="keep what was measured here, to resume")
     parser.add_argument("--no-scores", action="store_true", help="leave the other scores out")
@@ -193,14 +194,16 @@ def main() -> None:
 
 def report(profile: Profile, arguments: argparse.Namespace, work: Path) -> None:
     loaded = open_model(find_model(profile.document.model.id), arguments.device)
-    settings = RecalibrationSettings(plans=arguments.plans)
+    settings = RecalibrationSettings(plans=arguments.plans, seed=arguments.seed)
     texts = [
         text_tokens(loaded, text, 2 * arguments.tokens // len(arguments.texts)) for text in arguments.texts
     ]
     tokens_NT = torch.cat([text_NT[1::2] for text_NT in texts])
     fitting_NT = torch.cat([text_NT[::2] for text_NT in texts])
     calibrated = recalibrate(loaded, profile, fitting_NT, work / "calibrated", settings, progress())
-    choices = random_choices(profile.menu, RecalibrationSettings(plans=arguments.plans, seed=1000))
+    choices = random_choices(
+        profile.menu, RecalibrationSettings(plans=arguments.plans, seed=1000 + arguments.seed)
+    )
     trials = [trial_of(profile.menu, choice) for choice in choices]
     probe_trial = {layer.name: PROBE for layer in profile.menu.layers}
     folder = work / "held-out"

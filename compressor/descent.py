@@ -134,11 +134,12 @@ def _settler(state: _State) -> Callable[[int, int], None]:
     """What settles the block between two columns: one kernel on CUDA, elsewhere its parts, compiled where numba is."""
     device = state.pull_IR.device.type
     if device == "cuda":
-        from compressor.gptq_cuda import available, block_kernel
+        from compressor.gptq_cuda import block_kernel
 
-        if available():
-            parts = state.pull_IR, state.change_IR, state.code_IR, state.scale_SR, state.zero_SR
-            return block_kernel("settle", *parts, state.damped_II, state.maximum_P, state.group_sizes)
+        parts = state.pull_IR, state.change_IR, state.code_IR, state.scale_SR, state.zero_SR
+        found = block_kernel("settle", *parts, state.damped_II, state.maximum_P, state.group_sizes)
+        if found is not None:
+            return found
     if device == "cpu" and find_spec("numba"):
         from compressor.gptq_numba import move_codes as compiled
 

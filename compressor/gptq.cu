@@ -18,6 +18,8 @@ constexpr unsigned ALL = ~0u;
 constexpr float TINY = 1e-30f, SMALLEST = 1.17549435e-38f;
 static_assert(TURN == 4, "a leaf is one float4 of every lane");
 
+extern __shared__ float shared[];
+
 __constant__ float shrinks[] = {SHRINKS};
 static_assert(sizeof(shrinks) / sizeof(float) == LANES, "a lane tries one fraction of the range");
 
@@ -114,7 +116,7 @@ __device__ int place_of(int column, int other) {
 }
 
 // The block's matrix, one on the diagonal where it has no columns, and the inverse of its diagonal.
-__device__ void share(float* shared, float* inverse, const float* matrix, int down, int right, int columns) {
+__device__ void share(float* inverse, const float* matrix, int down, int right, int columns) {
 #pragma unroll 16
     for (int i = threadIdx.x; i < BLOCK * BLOCK; i += THREADS) {
         int column = i / BLOCK, other = i % BLOCK;
@@ -128,8 +130,7 @@ __device__ void share(float* shared, float* inverse, const float* matrix, int do
 
 // onto[i][j] += by[i] · matrix[column, column of j], of the `count` leaves from the one at hand on, itself turned.
 __device__ void spread(
-    float (&onto)[HEIGHT][OWN], const float (&by)[HEIGHT], const float* shared, int column, int leaf, int turned, int lane,
-    int count
+    float (&onto)[HEIGHT][OWN], const float (&by)[HEIGHT], int column, int leaf, int turned, int lane, int count
 ) {
     const float* at_hand = shared + column * BLOCK + (leaf * LANES + lane) * 4;
 #pragma unroll
@@ -183,8 +184,8 @@ struct Grids {
 };
 
 __device__ void move_codes(
-    float (&pull)[HEIGHT][OWN], Codes (&code)[HEIGHT], const Grids& grids, float maximum, const float* shared,
-    const float* inverse, int lane, int own
+    float (&pull)[HEIGHT][OWN], Codes (&code)[HEIGHT], const Grids& grids, float maximum, const float* inverse,
+    int lane, int own
 ) {
     for (int leaf = 0; leaf < LEAVES; leaf++) {
         float scale[HEIGHT], per_scale[HEIGHT];
@@ -202,7 +203,7 @@ __device__ void move_codes(
                     change[i] = __shfl_sync(ALL, (before - moved) * scale[i], owner, LANES);
                     if (lane == owner) code[i].put(0, moved);
                 }
-                spread(pull, change, shared, column, leaf, turned, lane, LEAVES);
+                spread(pull, change, column, leaf, turned, lane, LEAVES);
             }
             turn(pull);
             turn(code);
@@ -213,7 +214,7 @@ __device__ void move_codes(
 }
 
 __device__ void move_scales(
-    float (&pull)[HEIGHT][OWN], Codes (&code)[HEIGHT], Grids& grids, int leaves, const float* shared, int lane, int own
+    float (&pull)[HEIGHT][OWN], Codes (&code)[HEIGHT], Grids& grids, int leaves, int lane, int own
 ) {
     for (int group = 0; group < LEAVES; group += leaves) {
         float onto[HEIGHT][OWN] = {}, zero[HEIGHT];
@@ -227,7 +228,7 @@ __device__ void move_scales(
 #pragma unroll
                     for (int i = 0; i < HEIGHT; i++)
                         level[i] = __shfl_sync(ALL, code[i].get(0) - zero[i], owner, LANES);
-                    spread(onto, level, shared, leaf * LEAF + turned * LANES + owner, leaf, turned, lane, LEAVES);
+                    spread(onto, level, leaf * LEAF + turned * LANES + owner, leaf, turned, lane, LEAVES);
                 }
                 turn(onto);
                 turn(code);
@@ -264,12 +265,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) settle(
     const float* damped_II, const float* maximum_P, const int* leaves_P, int exponent, int rows, int stride, int down,
     int right, int start, int columns
 ) {
-    extern __shared__ float shared[];
     __shared__ float inverse[BLOCK];
     long before_it = (long)start * stride;
     pull_IR += before_it, change_IR += before_it, code_IR += before_it, damped_II += (long)start * (down + right);
     scale_SR += start / LEAF * stride, zero_SR += start / LEAF * stride;
-    share(shared, inverse, damped_II, down, right, columns);
+    share(inverse, damped_II, down, right, columns);
     Rows row(rows, stride);
     __shared__ Grids grids;
     int own = threadIdx.x / LANES * HEIGHT, leaves = leaves_P[blockIdx.y];
@@ -298,10 +298,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) settle(
         }
     }
     __syncwarp();
-    move_codes(pull, code, grids, maximum, shared, inverse, row.lane, own);
-    move_scales(pull, code, grids, leaves, shared, row.lane, own);
+    move_codes(pull, code, grids, maximum, inverse, row.lane, own);
+    move_scales(pull, code, grids, leaves, row.lane, own);
     __syncwarp();
-    move_codes(pull, code, grids, maximum, shared, inverse, row.lane, own);
+    move_codes(pull, code, grids, maximum, inverse, row.lane, own);
     float by = ldexpf(1.0f, exponent);
 #pragma unroll
     for (int j = 0; j < OWN; j++) {
@@ -428,12 +428,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) round_block(
     const float* factor_II, const float* maximum_P, const int* leaves_P, int exponent, int rows, int stride, int down,
     int right, int start, int columns
 ) {
-    extern __shared__ float shared[];
     __shared__ float inverse[BLOCK];
     long before_it = (long)start * stride;
     w_IR += before_it, error_IR += before_it, code_IR += before_it, factor_II += (long)start * (down + right);
     scale_SR += start / LEAF * stride, zero_SR += start / LEAF * stride;
-    share(shared, inverse, factor_II, down, right, columns);
+    share(inverse, factor_II, down, right, columns);
     Rows row(rows, stride);
     float w[HEIGHT][OWN], maximum = maximum_P[blockIdx.y], by = ldexpf(1.0f, exponent);
     int leaves = leaves_P[blockIdx.y];
@@ -471,7 +470,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) round_block(
                     if (row.lane == owner) own_error[i][0] = error, own_code[i][0] = code;
                     change[i] = -__shfl_sync(ALL, error, owner, LANES);
                 }
-                spread(w, change, shared, column, leaf, turned, row.lane, LEAVES - leaf);
+                spread(w, change, column, leaf, turned, row.lane, LEAVES - leaf);
             }
             turn(w);
             turn(own_error);

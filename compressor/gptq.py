@@ -254,9 +254,7 @@ def _compiled(state: _State) -> Callable[[int, int], None] | None:
 
         return partial(round_block, *parts, state.maximum_P, state.group_sizes)
     if state.w_IR.device.type == "cuda":
-        from compressor.gptq_cuda import available, block_kernel
+        from compressor.gptq_cuda import block_kernel
 
-        return (
-            block_kernel("round_block", *parts, state.maximum_P, state.group_sizes) if available() else None
-        )
+        return block_kernel("round_block", *parts, state.maximum_P, state.group_sizes)
     return None

@@ -3,14 +3,15 @@
 What lives here: compiling and launching. The products that spread a block's changes over other columns, and everything
 that holds on any device, are in `gptq.py` and `descent.py`; what the kernels do is said in `gptq.cu`.
 
-torch compiles the source when it is first needed, which takes seconds; its way of doing so is not yet public, and where
-it is missing plain torch does the work.
+torch compiles the source when it is first needed, which takes seconds. Its way of doing so is not yet public; where it
+fails, plain torch does the work, after a warning.
 
 Letters: P problems, O rows of each, R = P·O, I columns, S slots of 32 columns.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -33,11 +34,6 @@ SHARED_BYTES = BLOCK * BLOCK * 4
 _compiling = Lock()
 
 
-def available() -> bool:
-    """Whether torch can compile for the card at hand."""
-    return hasattr(torch.cuda, "_compile_kernel") and torch.version.hip is None
-
-
 def block_kernel(
     name: str,
     values_IR: Tensor,
@@ -48,13 +44,15 @@ def block_kernel(
     matrix_II: Tensor,
     maximum_P: Tensor,
     group_sizes: Sequence[int],
-) -> Callable[[int, int], None]:
-    """What works on the columns from the first number to the second, at most 128, in place.
+) -> Callable[[int, int], None] | None:
+    """What works on the columns from the first number to the second, at most 128, in place; None where torch cannot.
 
     round_block: values are weights, changes receives the errors and matrix is the factor, as `gptq._compiled` says.
     settle: values are G, changes receives what is added to Q and matrix is the damped H, as for `descent.settle`.
     """
-    kernel = _kernels(values_IR.device)[name]
+    kernel = _kernels(values_IR.device).get(name)
+    if kernel is None:
+        return None
     rows, all_rows = values_IR.shape[1] // len(group_sizes), values_IR.shape[1]
     tensors = values_IR, changes_IR.values, code_IR, scale_SR, zero_SR, matrix_II, maximum_P
     fixed = [
@@ -76,7 +74,7 @@ def block_kernel(
 
 def warm_up(device: torch.device) -> None:
     """Start compiling for a card, which takes seconds, before the kernels are needed."""
-    if device.type == "cuda" and available():
+    if device.type == "cuda":
         Thread(target=_kernels, args=(device,), name="nvrtc", daemon=True).start()
 
 
@@ -93,8 +91,15 @@ def _kernels(device: torch.device) -> dict[str, Callable[..., None]]:
 
 @cache
 def _compiled(index: int) -> dict[str, Callable[..., None]]:
-    with ThreadPoolExecutor(len(KERNELS)) as pool:
-        return dict(zip(KERNELS, pool.map(partial(_compile, index), KERNELS), strict=True))
+    """The kernels for a card; none where torch, or the card, is too old for them."""
+    if torch.version.hip is not None:
+        return {}
+    try:
+        with ThreadPoolExecutor(len(KERNELS)) as pool:
+            return dict(zip(KERNELS, pool.map(partial(_compile, index), KERNELS), strict=True))
+    except (AttributeError, OSError, RuntimeError) as error:
+        warnings.warn(f"compressing without CUDA kernels, which is slow: {error}", stacklevel=2)
+        return {}
 
 
 def _compile(index: int, name: str) -> Callable[..., None]:
