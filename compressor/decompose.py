@@ -342,6 +342,7 @@ class _Starts:
                 first[start] = search
                 search.stand_on(self.quantized[start], self.curvature)
                 search.plain_error = _squared_norm(search.weighted_OI)
+                search.plain_ranges = search.ranges(search.problem.weight_OI, self.curvature)
             if start not in self.directions:
                 self.directions[start] = self._leading(search.weighted_OI)
             search.stand_like(first[start])
@@ -380,7 +381,8 @@ class _Search:
 
     def stand_like(self, other: _Search) -> None:
         self.quantized, self.residual_OI = other.quantized, other.residual_OI
-        self.weighted_OI, self.plain_error = other.weighted_OI, other.plain_error
+        self.weighted_OI = other.weighted_OI
+        self.plain_error, self.plain_ranges = other.plain_error, other.plain_ranges
 
     def measured(self, weighted_right_rI: Tensor) -> Tensor:
         """‖(W − Q)S − L(RS)‖²."""
@@ -393,10 +395,9 @@ class _Search:
         assert self.best.factors is not None
         return self.best.factors
 
-    def foretold(self, target_OI: Tensor, rest: Curvature, curvature: Curvature) -> Tensor:
+    def foretold(self, target_OI: Tensor, curvature: Curvature) -> Tensor:
         """Error that Q of another matrix is to leave under another H, by ranges and pivots, from what Q of W left."""
-        at_first = self.ranges(self.problem.weight_OI, curvature)
-        return self.plain_error * self.ranges(target_OI, rest) / at_first
+        return self.plain_error * self.ranges(target_OI, curvature) / self.plain_ranges
 
     def ranges(self, w_OI: Tensor, curvature: Curvature) -> Tensor:
         """The squared ranges of all groups, each times the pivots of its columns."""
@@ -407,7 +408,7 @@ class _Search:
 def _restarted(searches: Sequence[_Search], starts: _Starts, curvature: Curvature) -> list[_Search]:
     """Searches where Q of W − LR, L·R the best low-rank part of W, may leave the least error; they take up that L·R."""
     foretold = torch.stack(
-        [s.foretold(_rest(s.problem, starts.part(s.problem).factors), curvature, curvature) for s in searches]
+        [s.foretold(_rest(s.problem, starts.part(s.problem).factors), curvature) for s in searches]
     )
     again = []
     for search, error in zip(searches, foretold.tolist(), strict=True):
@@ -422,7 +423,7 @@ def _absorb(search: _Search, curvature: Curvature) -> None:
     """The third start: Q of W under H down-dated by R, then factors of what that left, and once more with the new R."""
     for _ in range(ABSORBING_ROUNDS):
         w_OI, rest = search.problem.weight_OI, curvature.without(dense(search.best_factors.right_rI))
-        if rest is None or search.foretold(w_OI, rest, curvature).item() > WORTH_ABSORBING * search.least:
+        if rest is None or search.foretold(w_OI, rest).item() > WORTH_ABSORBING * search.least:
             return
         (quantized,) = _gptq([w_OI], [search.problem], rest)
         search.stand_on(quantized, curvature)
