@@ -1,9 +1,10 @@
 """Products of float32 matrices on CUDA whose factors may be rounded to 11 bits, several times as fast.
 
-What lives here: the two ways. Both are for the errors that are measured, the subspaces that are sought, the activations
-of which second moments are taken, and the errors that GPTQ and descent spread: 2⁻¹¹ of a term changes none of them (of
-GPTQ's output error at most 0.04 %, either way, at any width: `docs/gpu.md`). Factors, factorizations and gradients stay
-in float32. Sums are float32 in either way, and on a CPU nothing is rounded at all.
+What lives here: the two ways. Both are for the errors that are measured, the subspaces that are sought, the residuals
+that factors are fitted to, the activations of which second moments are taken, and the errors that GPTQ and descent
+spread: 2⁻¹¹ of a term changes none of them (of GPTQ's output error at most 0.05 %, either way, at any width:
+`docs/gpu.md`). Factorizations, gradients and what is written stay in float32. Sums are float32 in either way, and on a
+CPU nothing is rounded at all.
 
 `tensor_cores` has cuBLAS round to TF32 as it goes. An `Operand` is rounded once, to float16, and multiplied twice as
 fast; a power of two puts its largest number, and room for larger ones, at the top of float16's range, so that what is
