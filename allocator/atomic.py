@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+TEMPORARY = ".tmp"
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Put `data` at `path`. On failure nothing is left behind and whatever was there before stays."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from allocator.atomic import write_atomically
+from allocator.atomic import TEMPORARY, write_atomically
 from allocator.errors import BitrankError
 from allocator.plan import Plan, PlanLayer
 from allocator.storage import KEEP_BITS
@@ -105,7 +105,12 @@ def plan_digest(plan: Plan) -> str:
 
 
 def put_in_place(partial: Path, output: Path) -> None:
-    """Give a finished directory its final name; `output` is absent or empty."""
+    """Give a finished directory its final name; `output` is absent or empty.
+
+    What a killed process had written, but not yet renamed, stays behind: a whole file under a temporary name.
+    """
+    for stray in partial.glob(f".*{TEMPORARY}"):
+        stray.unlink()
     if output.exists():
         output.rmdir()
     partial.rename(output)

@@ -187,6 +187,18 @@ def test_a_damaged_shard_is_written_again(source: Source, tmp_path: Path) -> Non
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
+def test_what_was_whole_but_not_yet_renamed_when_its_process_died_does_not_come_along(
+    source: Source, tmp_path: Path
+) -> None:
+    source.compress(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        source.compress(tmp_path / "out", stop_after=1)
+    shard = tmp_path / "out.partial" / "model-00002-of-00004.safetensors"
+    shard.rename(shard.with_name(f".{shard.name}.4711.tmp"))
+    source.compress(tmp_path / "out")
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
 def test_two_runs_write_the_same_bytes(source: Source, tmp_path: Path) -> None:
     source.compress(tmp_path / "first")
     source.compress(tmp_path / "second")
