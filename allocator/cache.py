@@ -132,6 +132,7 @@ def assembled(planner: Planner, cache: CacheMenu, found: Solution, budget: PlanB
             "cache": planned,
             "predicted_kl": predicted_kl,
             "predicted_kl_interval": (predicted_kl * low, predicted_kl * high),
+            "lower_bound": min(found.lower_bound, predicted_kl),
             "gap": max(0.0, predicted_kl - found.lower_bound),
         }
     )

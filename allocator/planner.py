@@ -39,7 +39,10 @@ class Planner:
         strategy: str,
         target: str | None = None,
     ) -> Plan:
-        """The plan of any strategy's choice (G,); `bound` certifies the optimum at the same bytes."""
+        """The plan of any strategy's choice (G,); `bound` certifies the optimum at the same bytes.
+
+        The layers' costs, added up in another order than the solver's, may come to a unit in the last place less.
+        """
         layers = {
             layer.name: self._planned(group, option)
             for group, (layer, option) in enumerate(zip(self.menu.layers, choice.tolist(), strict=True))
@@ -54,7 +57,7 @@ class Planner:
             total_bytes=self.menu.kept_bytes + sum(layer.bytes for layer in layers.values()),
             predicted_kl=predicted_kl,
             predicted_kl_interval=(predicted_kl * low, predicted_kl * high),
-            lower_bound=bound.lower_bound,
+            lower_bound=min(bound.lower_bound, predicted_kl),
             gap=max(0.0, predicted_kl - bound.lower_bound),
             shadow_price=bound.shadow_price * MIB,
             strategy=strategy,
