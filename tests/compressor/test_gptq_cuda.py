@@ -9,6 +9,7 @@ import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,6 @@ from compressor.decompose import squared_error
 from compressor.descent import descended
 from compressor.gptq import gptq, inverse_factor
 from compressor.grid import REFITS, SHRINKS, Quantized
-from compressor.precision import Operand
 
 MakeTensor = Callable[..., Tensor]
 Work = Callable[[int, int], None]
@@ -83,9 +83,10 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[...,
     return found
 
 
-def by_lanes(run: Callable[..., None], parts: tuple[Tensor | Operand, ...], state: object) -> Work:
+def by_lanes(run: Callable[..., None], values: str, changes: str, matrix: str, state: object) -> Work:
     """What `gptq_cuda.block_kernel` gives, on a CPU: errors come in float16, 16 times as large."""
-    values_IR, changes_IR, code_IR, scale_SR, zero_SR, matrix_II = parts
+    parts = values, changes, "code_IR", "scale_SR", "zero_SR", matrix
+    values_IR, changes_IR, code_IR, scale_SR, zero_SR, matrix_II = (getattr(state, part) for part in parts)
     maximum_P, group_sizes = state.maximum_P, state.group_sizes  # type: ignore[attr-defined]
     half_IR = torch.empty_like(code_IR, dtype=torch.float16)
     leaves_P = torch.tensor([size // 32 for size in group_sizes], dtype=torch.int32)
@@ -113,15 +114,8 @@ def test_by_coroutines_gptq_finds_the_loop_s_codes_and_grids(
     w_POI, hessian_II = problem(normal, correlated, columns, rows)
     factor_II = inverse_factor(hessian_II)
     peers = gptq(w_POI, factor_II, BITS, GROUP_SIZES)
-    monkeypatch.setattr(
-        rounding,
-        "_compiled",
-        lambda state: by_lanes(
-            kernels["round_block"],
-            (state.w_IR, state.error_IR, state.code_IR, state.scale_SR, state.zero_SR, state.factor_II),
-            state,
-        ),
-    )
+    played = partial(by_lanes, kernels["round_block"], "w_IR", "error_IR", "factor_II")
+    monkeypatch.setattr(rounding, "_compiled", played)
     for ours, peer in zip(gptq(w_POI, factor_II, BITS, GROUP_SIZES), peers, strict=True):
         assert (peer.code_OI != ours.code_OI).float().mean() < 0.02
         assert (peer.scale_OG != ours.scale_OG).float().mean() < 0.02
@@ -140,15 +134,8 @@ def test_by_coroutines_descent_finds_the_loop_s_codes_and_scales(
     w_POI, hessian_II = problem(normal, correlated, columns, rows)
     first = gptq(w_POI, inverse_factor(hessian_II), BITS, GROUP_SIZES)
     peers = descended(w_POI, first, hessian_II)
-    monkeypatch.setattr(
-        descent,
-        "_settler",
-        lambda state: by_lanes(
-            kernels["settle"],
-            (state.pull_IR, state.change_IR, state.code_IR, state.scale_SR, state.zero_SR, state.damped_II),
-            state,
-        ),
-    )
+    played = partial(by_lanes, kernels["settle"], "pull_IR", "change_IR", "damped_II")
+    monkeypatch.setattr(descent, "_settler", played)
     for ours, peer, before in zip(descended(w_POI, first, hessian_II), peers, first, strict=True):
         assert (peer.code_OI != ours.code_OI).float().mean() < 0.02
         assert (before.code_OI != ours.code_OI).float().mean() > 0.01
