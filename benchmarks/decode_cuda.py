@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from allocator.storage import Option, layer_bytes
 from compressor.linear import CompressedLinear
-from compressor.plugin import replace_layers
+from compressor.plugin import join_siblings, replace_layers
 
 CONTEXT, PROMPT = 512, 64
 SHAPES = {
@@ -105,6 +105,7 @@ def compressed_model(original: nn.Module, config: LlamaConfig, options: dict[str
             layer.prepare()
         elif not list(module.children()):
             model.set_submodule(name, module)
+    join_siblings(model)
     return model
 
 

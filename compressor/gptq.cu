@@ -64,11 +64,13 @@ __device__ float storable(float x) {
     return fmaxf(__uint_as_float((bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u), SMALLEST);
 }
 
+#ifdef __CUDACC__
 __device__ unsigned short to_half(float x) {
     unsigned short half;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
     return half;
 }
+#endif
 
 // The nearest whole number, ties to even, of what is clamped to ±2²² afterwards; rintf takes eight times as long.
 __device__ float nearest(float x) { return (x + 12582912.0f) - 12582912.0f; }

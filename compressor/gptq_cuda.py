@@ -102,13 +102,17 @@ def _compiled(index: int) -> dict[str, Callable[..., None]]:
         return {}
 
 
-def _compile(index: int, name: str) -> Callable[..., None]:
+def source(name: str) -> str:
+    """What is compiled for one kernel."""
     shrinks = ", ".join(f"{shrink!r}f" for shrink in SHRINKS)
-    source = (Path(__file__).parent / "gptq.cu").read_text()
     head = f"#define {name.upper()}\n#define SHRINKS {shrinks}\n#define REFITS {REFITS}\n"
+    return head + (Path(__file__).parent / "gptq.cu").read_text()
+
+
+def _compile(index: int, name: str) -> Callable[..., None]:
     with torch.cuda.device(index):
         torch.cuda.synchronize()  # a new thread has no context before its first call
-        kernel: Any = torch.cuda._compile_kernel(head + source, name)
+        kernel: Any = torch.cuda._compile_kernel(source(name), name)
         kernel.set_shared_memory_config(SHARED_BYTES)
     launch: Callable[..., None] = kernel
     return launch

@@ -11,23 +11,24 @@ original one, so that loading without the plug-in fails on its shape; in pure lo
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allocator.storage import FACTOR_GROUP_SIZE, KEEP_BITS, Option, ceil_div
+from compressor import matvec_cuda
 from compressor.decompose import Decomposition
 from compressor.grid import Quantized
 from compressor.incoherence import restored, rotated, rotation
 from compressor.lowrank import product
+from compressor.matvec_cuda import MOST_LATER, READ_AHEAD_BYTES, Matrix
 from compressor.packing import pack, unpack, words
 
 TILE = 2**24
 """Weights dequantized at once."""
-MOST_COLUMNS = 2**16
-"""Longest row whose inputs the decode kernel's lanes can hold."""
 
 
 def matrix_names(name: str) -> tuple[str, str, str]:
@@ -75,7 +76,8 @@ class CompressedLinear(nn.Module):
         if option.rank:
             self._add_factor(left_name(option), rows // option.heads)
             self._add_factor("right", columns)
-        self._has_kernel = _has_kernel(columns, option)
+        self.has_kernel = _has_kernel(columns, option)
+        self.siblings: Siblings | None = None
         self.register_parameter("bias", _parameter((rows,), torch.get_default_dtype()) if bias else None)
 
     def _add_factor(self, name: str, width: int) -> None:
@@ -148,45 +150,41 @@ class CompressedLinear(nn.Module):
             self.register_buffer("rotation_bb", rotation(self.in_features, device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (…, I) -> (…, O), in the dtype of x. One token on CUDA is left to `matvec_triton.py`."""
-        if self.option.rotated:
-            x = rotated(x, self.rotation(x))
-        output = self._decode(x) if self._is_decoding(x) else self._multiply(x)
+        """x (…, I) -> (…, O), in the dtype of x. One token on CUDA is left to `matvec_cuda.py`."""
+        if not self._is_decoding(x):
+            output = self._multiply(self.turned(x))
+        elif self.siblings is None:
+            output = decoded([self], x)[0]
+        else:
+            output = self.siblings.output(self, x)
         return output if self.bias is None else output + self.bias.to(x.dtype)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """What Q and R multiply: x, or V·x."""
+        return rotated(x, self.rotation(x)) if self.option.rotated else x
 
     def _is_decoding(self, x: Tensor) -> bool:
         return (
-            self._has_kernel
+            self.has_kernel
             and x.is_cuda
             and x.numel() == self.in_features
             and x.dtype in (torch.bfloat16, torch.float16)
+            and matvec_cuda.is_available(x.device.index)
         )
 
-    def _decode(self, x: Tensor) -> Tensor:
-        from compressor.matvec_triton import matvec
+    def packed(self, name: str) -> Matrix:
+        """A quantized matrix as the decode kernel takes it."""
+        codes, scale, _ = matrix_names(name)
+        return Matrix(getattr(self, codes), getattr(self, scale), self.zero_points(name), *self.grid_of(name))
 
-        x_I = x.reshape(-1)
-        bits, group_size = self.grid_of("weight")
-        left = left_scale = left_zero = hidden_r = None
-        if self.option.rank:
-            hidden_r, left = self._hidden(x_I), self.left
-            if self._is_quantized("left"):
-                left_scale, left_zero = self.left_scale, self.zero_points("left")
-        output_O = matvec(
-            x_I, self.weight, self.weight_scale, self.zero_points("weight"), bits, group_size, x.dtype,
-            left, left_scale, left_zero, hidden_r, self.option.factor_bits,
-        )  # fmt: skip
-        return output_O.view(*x.shape[:-1], self.out_features)
-
-    def _hidden(self, x_I: Tensor) -> Tensor:
-        """R·x of one token, float32 (rank,)."""
-        from compressor.matvec_triton import matvec
-
-        if not self._is_quantized("right"):
-            return (self.right.to(x_I.dtype) @ x_I).float()
-        bits, group_size = self.grid_of("right")
-        zero_rG = self.zero_points("right")
-        return matvec(x_I, self.right, self.right_scale, zero_rG, bits, group_size, torch.float32)
+    def packed_with(self, hidden_r: Tensor) -> Matrix:
+        """Q, and L for the product with R·x, float32 (r,)."""
+        packed = replace(
+            self.packed("weight"), left=self.left, hidden_r=hidden_r, factor_bits=self.option.factor_bits
+        )
+        if not self._is_quantized("left"):
+            return packed
+        return replace(packed, left_scale=self.left_scale, left_zero=self.zero_points("left"))
 
     def _multiply(self, x: Tensor) -> Tensor:
         """The product with Q dequantized a tile of rows at a time, and with the factors."""
@@ -207,6 +205,67 @@ class CompressedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, option={self.option}"
 
 
+class Siblings:
+    """Layers that are given the same input: the one asked first multiplies for all of them, in one launch.
+
+    Found to have inputs of their own, they multiply each for itself from then on. `following` are those that the model
+    multiplies with next.
+    """
+
+    def __init__(self, layers: Sequence[CompressedLinear]) -> None:
+        self.layers = layers
+        self.following: Siblings | None = None
+        self._input: Tensor | None = None
+        self._waiting: dict[int, Tensor] = {}
+
+    def output(self, layer: CompressedLinear, x: Tensor) -> Tensor:
+        """The layer's (…, O) of one token, without its bias."""
+        index = next(i for i, sibling in enumerate(self.layers) if sibling is layer)
+        if index in self._waiting and self._input is not x:
+            layer.siblings = None
+            return decoded([layer], x)[0]
+        if index not in self._waiting:
+            self._input, self._waiting = x, dict(enumerate(decoded(self.layers, x, self.later(x.device))))
+        output = self._waiting.pop(index)
+        if not self._waiting:
+            self._input = None
+        return output
+
+    def later(self, device: torch.device) -> list[Tensor]:
+        """What is read next on this device, about as much as may be read ahead."""
+        found: list[Tensor] = []
+        following = self.following
+        while (
+            following and following is not self and sum(tensor.nbytes for tensor in found) < READ_AHEAD_BYTES
+        ):
+            stored = [tensor for layer in following.layers for tensor in layer.packed("weight").stored()]
+            if any(tensor.device != device for tensor in stored):
+                break
+            found.extend(stored)
+            following = following.following
+        return found[:MOST_LATER]
+
+
+def decoded(layers: Sequence[CompressedLinear], x: Tensor, later: Sequence[Tensor] = ()) -> list[Tensor]:
+    """Every layer's (…, O) of one token on CUDA that all of them are given, without their biases."""
+    x_I = layers[0].turned(x).reshape(-1)
+    hidden = _hidden([layer for layer in layers if layer.option.rank], x_I)
+    matrices = [
+        layer.packed_with(hidden[layer]) if layer in hidden else layer.packed("weight") for layer in layers
+    ]
+    return [y_O.view(*x.shape[:-1], -1) for y_O in matvec_cuda.products(x_I, matrices, x.dtype, later)]
+
+
+def _hidden(layers: Sequence[CompressedLinear], x_I: Tensor) -> dict[CompressedLinear, Tensor]:
+    """R·x of every layer, float32 (r,)."""
+    packed = [layer for layer in layers if layer.option.factor_bits != KEEP_BITS]
+    products = matvec_cuda.products(x_I, [layer.packed("right") for layer in packed], torch.float32)
+    plain = [layer for layer in layers if layer.option.factor_bits == KEEP_BITS]
+    return dict(zip(packed, products, strict=True)) | {
+        layer: (layer.right.to(x_I.dtype) @ x_I).float() for layer in plain
+    }
+
+
 def through_left(hidden: Tensor, left_rO: Tensor, heads: int) -> Tensor:
     """x·Rᵀ (…, heads·rank) by Lᵀ as it is stored (heads·rank, O/heads) -> (…, O), every head by its own rows."""
     if heads == 1:
@@ -216,9 +275,11 @@ def through_left(hidden: Tensor, left_rO: Tensor, heads: int) -> Tensor:
 
 
 def _has_kernel(columns: int, option: Option) -> bool:
-    """Whether the decode kernel serves such a Q: 4 lanes take 64 columns, one group, half of one or two."""
-    fits = columns % 64 == 0 and (option.group_size == 32 or option.group_size % 64 == 0)
-    return option.bits > 0 and fits and columns <= MOST_COLUMNS and find_spec("triton") is not None
+    """Whether the decode kernel serves a layer of such a Q, and R."""
+    packed = option.rank > 0 and option.factor_bits != KEEP_BITS
+    return matvec_cuda.serves(columns, option.bits, option.group_size) and (
+        not packed or matvec_cuda.serves(columns, option.factor_bits, FACTOR_GROUP_SIZE)
+    )
 
 
 def add_matrix(module: nn.Module, name: str, rows: int, columns: int, bits: int, group_size: int) -> None:

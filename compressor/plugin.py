@@ -15,9 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from allocator.constraints import FUSED
 from allocator.storage import Option
 from compressor.experts import unstack_experts
-from compressor.linear import CompressedLinear, matrix_names
+from compressor.linear import CompressedLinear, Siblings, matrix_names
 from compressor.table import CompressedEmbedding
 
 METHOD = "bitrank"
@@ -60,6 +61,7 @@ class BitrankQuantizer(HfQuantizer):
                 layer.option.rotated or next(layer.parameters()).is_cuda
             ):
                 layer.prepare()
+        join_siblings(model)
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -82,6 +84,29 @@ def replace_layers(model: nn.Module, options: dict[str, Option]) -> None:
             _replace_embedding(model, name, layer, option)
         else:
             _replace_linear(model, name, layer, option)
+
+
+def join_siblings(model: nn.Module) -> None:
+    """Let the layers that the decode kernel serves know of those with the same input, and of those that come next."""
+    joined: list[Siblings] = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, CompressedLinear) and layer.has_kernel and layer.siblings is None:
+            joined.append(Siblings(_alike(model.get_submodule(name.rpartition(".")[0]), layer)))
+            for sibling in joined[-1].layers:
+                sibling.siblings = joined[-1]
+    for siblings, following in zip(joined, joined[1:] + joined[:1], strict=True):
+        siblings.following = following
+
+
+def _alike(parent: nn.Module, layer: CompressedLinear) -> list[CompressedLinear]:
+    """The compressed layers that read what `layer` reads, itself among them."""
+    children = dict(parent.named_children())
+    for names in FUSED:
+        layers = [children[name] for name in names if name in children]
+        found = [each for each in layers if isinstance(each, CompressedLinear) and each.has_kernel]
+        if any(each is layer for each in found):
+            return [each for each in found if each.option.rotated == layer.option.rotated]
+    return [layer]
 
 
 def _replace_linear(model: nn.Module, name: str, linear: Any, option: Option) -> None:

@@ -1,5 +1,5 @@
-// A thread block on a CPU, so that `compressor/gptq.cu` can be run where there is no card: every thread is a coroutine,
-// and all take turns from one meeting, a shuffle or a barrier, to the next.
+// A thread block on a CPU, so that the kernels of `compressor` can be run where there is no card: every thread is a
+// coroutine, and all take turns from one meeting, a shuffle, a product or a barrier, to the next.
 
 #include <algorithm>
 #include <cmath>
@@ -13,10 +13,16 @@
 #define __constant__ static const
 #define __launch_bounds__(...)
 
-constexpr int LANES_OF_WARP = 32, MOST = 128;
+constexpr int LANES_OF_WARP = 32, MOST = 512;
 
 struct Index {
     int x, y;
+};
+struct uint2 {
+    unsigned x, y;
+};
+struct uint4 {
+    unsigned x, y, z, w;
 };
 struct float4 {
     float x, y, z, w;
@@ -32,8 +38,9 @@ struct Lane {
 static Lane lanes[MOST];
 static ucontext_t outside;
 static Index threadIdx, blockIdx;
-static unsigned posted[2][MOST];
-static float shared[128 * 128];
+static Index gridDim;
+static unsigned posted[2][MOST], posted_factors[2][MOST][6];
+static int threads_of_block;
 
 using std::max, std::min;
 
@@ -42,13 +49,24 @@ inline void meet() {
     swapcontext(&lanes[own].context, &outside);
     threadIdx.x = own;
 }
-inline void __syncwarp() { meet(); }
-inline void __syncthreads() { meet(); }
+
+// Where so many threads wait for each other.
+struct Gate {
+    int arrived, generation;
+    void pass(int threads) {
+        int own = generation;
+        if (++arrived == threads) arrived = 0, generation++;
+        while (generation == own) meet();
+    }
+};
+static Gate of_block, of_warp[MOST / LANES_OF_WARP];
+inline void __syncthreads() { of_block.pass(threads_of_block); }
+inline void __syncwarp() { of_warp[threadIdx.x / LANES_OF_WARP].pass(LANES_OF_WARP); }
 
 template <typename T> T exchanged(T x, int source) {
     unsigned(&board)[MOST] = posted[lanes[threadIdx.x].meetings++ % 2];
     std::memcpy(&board[threadIdx.x], &x, sizeof x);
-    meet();
+    __syncwarp();
     std::memcpy(&x, &board[source], sizeof x);
     return x;
 }
@@ -74,6 +92,33 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned chosen) {
     return found;
 }
 
+inline int __float2int_rn(float x) { return (int)std::nearbyint(x); }
+
+// The product of 16 × 32 by 32 × 8 of a warp: bytes of the first factor are unsigned, of the second signed.
+inline void multiply(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    int warp = threadIdx.x / 32 * 32, g = threadIdx.x % 32 / 4, of_four = threadIdx.x % 4;
+    auto& board = posted_factors[lanes[threadIdx.x].meetings++ % 2];
+    unsigned own[6] = {a0, a1, a2, a3, b0, b1};
+    std::memcpy(board[threadIdx.x], own, sizeof own);
+    __syncwarp();
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 32; k++) {
+            int holder = k % 16 / 4, byte = k % 4 * 8;
+            unsigned a = board[warp + 4 * g + holder][k / 16 * 2 + i / 2] >> byte & 255;
+            signed char b = board[warp + 4 * (2 * of_four + i % 2) + holder][4 + k / 16] >> byte;
+            c[i] += (int)a * b;
+        }
+}
+
+inline void prefetch(const void*, int) {}
+template <typename T> T __ldg(const T* from) { return *from; }
+inline unsigned __vmaxu2(unsigned a, unsigned b) { return max(a & 0xffff, b & 0xffff) | max(a >> 16, b >> 16) << 16; }
+inline int __dp4a(int a, int b, int c) {
+    for (int i = 0; i < 4; i++) c += (signed char)(a >> 8 * i) * (signed char)(b >> 8 * i);
+    return c;
+}
+inline float __fdividef(float a, float b) { return a / b; }
+
 static void (*body)();
 
 inline void start() {
@@ -84,7 +129,7 @@ inline void start() {
 
 // Run `body`, a kernel with its arguments bound, by `threads` threads of every block.
 inline void launch(void (*kernel)(), int wide, int high, int threads) {
-    body = kernel;
+    body = kernel, gridDim = {wide, high}, threads_of_block = threads;
     for (blockIdx.y = 0; blockIdx.y < high; blockIdx.y++)
         for (blockIdx.x = 0; blockIdx.x < wide; blockIdx.x++) {
             for (int i = 0; i < threads; i++) {
@@ -107,7 +152,12 @@ inline void launch(void (*kernel)(), int wide, int high, int threads) {
         }
 }
 
-inline unsigned short half_of(float x) {
+inline float from_half(unsigned short bits) {
+    int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    float size = exponent ? std::ldexp(1024.f + mantissa, exponent - 25) : std::ldexp((float)mantissa, -24);
+    return bits >> 15 ? -size : size;
+}
+inline unsigned short to_half(float x) {
     int exponent = x == 0 ? -14 : max(std::ilogb(x), -14);
     int steps = (int)std::nearbyint(std::ldexp(std::fabs(x), 10 - exponent));
     if (steps == 2048) steps = 1024, exponent++;

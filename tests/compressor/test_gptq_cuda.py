@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import math
-import shutil
-import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
+import lanes
 import pytest
 import torch
 from torch import Tensor
@@ -21,12 +19,11 @@ from compressor import gptq as rounding
 from compressor.decompose import squared_error
 from compressor.descent import descended
 from compressor.gptq import gptq, inverse_factor
-from compressor.grid import REFITS, SHRINKS, Quantized
+from compressor.grid import Quantized
 
 MakeTensor = Callable[..., Tensor]
 Work = Callable[[int, int], None]
 BITS, GROUP_SIZES, ROWS = [2, 4, 3, 8], [32, 64, 128, 64], 73
-SOURCE, LANES = Path(gptq_cuda.__file__).parent / "gptq.cu", Path(__file__).parent / "lanes.h"
 
 on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -39,48 +36,21 @@ def problem(
     return w_POI, correlated(columns)
 
 
-def driver(name: str) -> str:
-    """C++ that runs one kernel for every block of a launch, by `lanes.h`."""
-    kernel = SOURCE.read_text().replace("extern __shared__ float shared[];", "")
-    kernel = kernel.replace(
-        'asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));', "half = half_of(x);"
-    ).replace('extern "C" __global__', "static")
-    types = (
-        "float*",
-        "unsigned short*",
-        "unsigned char*",
-        "float*",
-        "float*",
-        "float*",
-        "float*",
-        "int*",
-        *["int"] * 7,
-    )
-    declared = "".join(f"static {type_} a{i};\n" for i, type_ in enumerate(types))
-    given = ", ".join(f"{type_} b{i}" for i, type_ in enumerate(types))
-    kept = " ".join(f"a{i} = b{i};" for i in range(len(types)))
-    passed = ", ".join(f"a{i}" for i in range(len(types)))
-    shrinks = ", ".join(f"{shrink!r}f" for shrink in SHRINKS)
-    return (
-        f'#include "{LANES}"\n#define {name.upper()}\n#define SHRINKS {shrinks}\n#define REFITS {REFITS}\n{kernel}\n'
-        f'{declared}extern "C" void run({given}, int wide, int high) {{ {kept}'
-        f" launch([] {{ {name}({passed}); }}, wide, high, THREADS); }}\n"
-    )
+TYPES = [
+    "float*",
+    "unsigned short*",
+    "unsigned char*",
+    *["float*"] * 4,
+    "int*",
+    *["int"] * 7,
+]
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., None]]:
     """Both kernels, compiled for this machine."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    folder, found = tmp_path_factory.mktemp("lanes"), {}
-    for name in gptq_cuda.KERNELS:
-        (folder / f"{name}.cpp").write_text(driver(name))
-        built = [compiler, "-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"{name}.cpp", "-o", f"{name}.so"]
-        subprocess.run(built, cwd=folder, check=True)
-        found[name] = ctypes.CDLL(str(folder / f"{name}.so")).run
-    return found
+    folder = tmp_path_factory.mktemp("lanes")
+    return {name: lanes.built(gptq_cuda.source(name), name, TYPES, folder) for name in gptq_cuda.KERNELS}
 
 
 def by_lanes(run: Callable[..., None], values: str, changes: str, matrix: str, state: object) -> Work:
@@ -96,7 +66,13 @@ def by_lanes(run: Callable[..., None], values: str, changes: str, matrix: str, s
         tensors = values_IR, half_IR, code_IR, scale_SR, zero_SR, matrix_II, maximum_P, leaves_P
         numbers = 4, rows, all_rows, *matrix_II.stride(), start, end - start
         wide = math.ceil(rows / gptq_cuda.ROWS)
-        run(*(ctypes.c_void_p(t.data_ptr()) for t in tensors), *numbers, wide, len(group_sizes))
+        run(
+            *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
+            *numbers,
+            wide,
+            len(group_sizes),
+            gptq_cuda.THREADS,
+        )
         changes_IR[start:end].put(half_IR[start:end].float() / 16)
 
     return work

@@ -1,83 +1,233 @@
-"""The decode kernel multiplies with what is stored: in Triton's interpreter, its PTX run by `warp.py`, and on CUDA."""
+"""The decode kernel multiplies with what is stored: by coroutines that play a card's lanes, and on a card."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import ctypes
 from collections.abc import Callable
 
+import lanes
 import pytest
 import torch
-import warp
-from torch import Tensor
+from torch import Tensor, nn
 
 from allocator.storage import Option
+from compressor import matvec_cuda
 from compressor.decompose import Curvature, Decomposition, decompose
-from compressor.linear import CompressedLinear, layer_tensors
+from compressor.linear import CompressedLinear, Siblings, decoded, layer_tensors
 from compressor.packing import PLANES
-
-triton = pytest.importorskip("triton")
+from compressor.plugin import join_siblings
 
 MakeTensor = Callable[..., Tensor]
-interpreter = pytest.mark.skipif(
-    triton.__version__ < "3.9", reason="older interpreters fail with today's numpy"
-)
+SEGMENT = [
+    "const unsigned*",
+    "const unsigned short*",
+    "const unsigned char*",
+    *["int"] * 3,
+    "const void*",
+    "const unsigned short*",
+    "const unsigned char*",
+    "const float*",
+    *["int"] * 6,
+]
+TYPES = [
+    *["const unsigned short*", "int", "int", "void*", "int", "int"],
+    *SEGMENT * matvec_cuda.MOST,
+    *["const char*", "int"] * matvec_cuda.MOST_LATER,
+]
 
 
 def layer_of(
-    normal: MakeTensor, rows: int, columns: int, option: Option
+    normal: MakeTensor, rows: int, columns: int, option: Option, seed: int = 0
 ) -> tuple[Decomposition, CompressedLinear]:
     identity_II = torch.eye(columns)
     curvature = Curvature(identity_II, identity_II, identity_II)
-    ((_, found),) = decompose([normal(rows, columns)], curvature, [option], rounds=1)
+    ((_, found),) = decompose([normal(rows, columns, seed=seed)], curvature, [option], rounds=1)
     layer = CompressedLinear(rows, columns, option, bias=False)
     layer.load_state_dict(layer_tensors(found))
     return found, layer
 
 
-INTERPRETED = [
-    (option, columns, dtype)
-    for option, columns in (
-        (Option(2, 0, 32, 0), 192),
-        (Option(3, 5, 64, 4), 704),
-        (Option(4, 9, 128, 8), 320),
-        (Option(5, 3, 64, 16), 128),
-        (Option(6, 0, 32, 0), 64),
-        (Option(8, 0, 128, 0), 8256),
-    )
-    for dtype in (torch.bfloat16, torch.float16)
-]
-
-
 @pytest.fixture(scope="module")
-def outputs(normal: MakeTensor, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Tensor, Tensor]]:
-    """Of every case Q·x and the layer's output, all by one interpreter."""
-    folder = tmp_path_factory.mktemp("interpreted")
-    layers = [
-        (layer_of(normal, 11, columns, option)[1], normal(columns, seed=1).to(dtype))
-        for option, columns, dtype in INTERPRETED
-    ]
-    torch.save(layers, folder / "layers.pt")
-    interpreted = os.environ | {"TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, warp.__file__, folder], env=interpreted, check=True, timeout=300)
-    found: list[tuple[Tensor, Tensor]] = torch.load(folder / "outputs.pt")
-    return found
+def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """The kernel, compiled for this machine."""
+    return lanes.built(matvec_cuda.source(), "matvec", TYPES, tmp_path_factory.mktemp("lanes"))
 
 
-@interpreter
-@pytest.mark.parametrize("case", range(len(INTERPRETED)), ids=[str(case) for case in INTERPRETED])
-def test_one_token_in_the_interpreter(
-    normal: MakeTensor, outputs: list[tuple[Tensor, Tensor]], case: int
+@pytest.fixture
+def launches(run: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A card of two multiprocessors, on the CPU; the tiles of every launch."""
+    tiles: list[int] = []
+
+    def played(
+        grid: tuple[int, int, int], block: tuple[int, int, int], args: list[Tensor | int], shared_mem: int
+    ) -> None:
+        tiles.append(args[5])  # type: ignore[arg-type]
+        pointers = (ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in args)
+        run(*pointers, grid[0], grid[1], block[0])
+
+    monkeypatch.setattr(matvec_cuda, "_compiled", lambda index: (played, 2))
+    return tiles
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(
+    ("option", "columns"),
+    [
+        (Option(2, 0, 32, 0), 384),
+        (Option(3, 5, 64, 4), 1408),
+        (Option(4, 9, 128, 8), 640),
+        (Option(5, 3, 64, 16), 128),
+        (Option(6, 0, 32, 0), 256),
+        (Option(8, 0, 128, 0), 8320),
+        (Option(3, 0, 256, 0), 4096),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_by_coroutines_one_token_is_the_product_with_the_dense_weight(
+    normal: MakeTensor, launches: list[int], option: Option, columns: int, dtype: torch.dtype
 ) -> None:
-    option, columns, dtype = INTERPRETED[case]
-    found, _ = layer_of(normal, 11, columns, option)
-    x_I, (product_O, output_O) = normal(columns, seed=1).to(dtype), outputs[case]
+    found, layer = layer_of(normal, 37, columns, option)
+    x_I = normal(columns, seed=1).to(dtype)
+    (product_O,) = matvec_cuda.products(x_I, [layer.packed("weight")], torch.float32)
     assert found.quantized is not None
-    expected_O = found.quantized.dequantize().double() @ x_I.double()
-    assert (product_O - expected_O).norm() < 1e-4 * expected_O.norm()
-    expected_O = found.dense().double() @ x_I.double()
-    assert (output_O - expected_O).norm() < 8e-3 * expected_O.norm()
+    assert relative_error(product_O, found.quantized.dequantize().double() @ x_I.double()) < 1e-4
+    (output,) = decoded([layer], x_I[None])
+    assert relative_error(output[0], found.dense().double() @ x_I.double()) < 8e-3
+
+
+def test_by_coroutines_more_tiles_than_the_blocks_add_up_at_once(
+    normal: MakeTensor, launches: list[int]
+) -> None:
+    found, layer = layer_of(normal, 1000, 256, Option(3))
+    x_I = normal(256, seed=1).bfloat16()
+    (product_O,) = matvec_cuda.products(x_I, [layer.packed("weight")], torch.float32)
+    assert launches == [63]
+    assert relative_error(product_O, found.dense().double() @ x_I.double()) < 1e-4
+
+
+def test_by_coroutines_an_outlier_costs_its_neighbours_little(
+    normal: MakeTensor, launches: list[int]
+) -> None:
+    found, layer = layer_of(normal, 16, 256, Option(4))
+    x_I = normal(256, seed=1).bfloat16()
+    x_I[70] = 1000
+    (product_O,) = matvec_cuda.products(x_I, [layer.packed("weight")], torch.float32)
+    assert relative_error(product_O, found.dense().double() @ x_I.double()) < 1e-4
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_by_coroutines_what_is_not_a_number_stays_so(
+    normal: MakeTensor, launches: list[int], odd: float
+) -> None:
+    _, layer = layer_of(normal, 16, 256, Option(4))
+    x_I = normal(256, seed=1).bfloat16()
+    x_I[3] = odd
+    (product_O,) = matvec_cuda.products(x_I, [layer.packed("weight")], torch.bfloat16)
+    assert not product_O.isfinite().any()
+    (nothing_O,) = matvec_cuda.products(torch.zeros_like(x_I), [layer.packed("weight")], torch.bfloat16)
+    assert (nothing_O == 0).all()
+
+
+class Attention(nn.Module):
+    """Layers named as a Llama's, the last of an input of its own."""
+
+    def __init__(self, normal: MakeTensor, options: dict[str, Option]) -> None:
+        super().__init__()
+        for seed, (name, option) in enumerate(options.items()):
+            self.add_module(name, layer_of(normal, 24 + 16 * seed, 256, option, seed)[1])
+
+
+PROJECTIONS = {
+    "q_proj": Option(3, 4, 64, 4),
+    "k_proj": Option(5),
+    "v_proj": Option(2, 6, 32, 8),
+    "o_proj": Option(4),
+}
+
+
+@pytest.fixture
+def attention(normal: MakeTensor) -> Attention:
+    model = Attention(normal, PROJECTIONS)
+    join_siblings(model)
+    return model
+
+
+def test_layers_with_one_input_are_multiplied_in_one_launch(
+    normal: MakeTensor, attention: Attention, launches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CompressedLinear, "_is_decoding", lambda layer, x: True)
+    x_1I = normal(1, 256, seed=9).bfloat16()
+    alone = [decoded([layer], x_1I)[0] for layer in attention.children()]  # type: ignore[list-item]
+    launches.clear()
+    together = [layer(x_1I) for layer in attention.children()]
+    assert launches == [1 + 1, 2 + 3 + 4, 5], "R of q and v, then q, k and v, then o"
+    assert all(torch.equal(ours, peer) for ours, peer in zip(together, alone, strict=True))
+
+
+def test_siblings_that_turn_out_to_have_inputs_of_their_own_part(
+    normal: MakeTensor, attention: Attention, launches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CompressedLinear, "_is_decoding", lambda layer, x: True)
+    query, key = attention.q_proj, attention.k_proj
+    assert isinstance(query, CompressedLinear) and isinstance(key, CompressedLinear)
+    x_1I, other_1I = normal(2, 1, 256, seed=9).bfloat16()
+    query(x_1I)
+    assert torch.equal(key(other_1I), decoded([key], other_1I)[0])
+    assert query.siblings is not None and key.siblings is None
+
+
+def test_siblings_follow_each_other_as_in_the_model(normal: MakeTensor) -> None:
+    model = nn.Module()
+    model.first, model.second = (Attention(normal, PROJECTIONS) for _ in range(2))
+    model.lm_head = layer_of(normal, 40, 256, Option(6))[1]
+    join_siblings(model)
+    at: Siblings | None = model.first.q_proj.siblings
+    seen: list[list[CompressedLinear]] = []
+    for _ in range(6):
+        assert at is not None
+        seen.append(list(at.layers))
+        at = at.following
+    of = [list(part.children()) for part in (model.first, model.second)]
+    assert seen == [of[0][:3], of[0][3:], of[1][:3], of[1][3:], [model.lm_head], of[0][:3]]
+
+
+def test_what_lies_elsewhere_is_not_read_ahead(attention: Attention) -> None:
+    query, output = attention.q_proj, attention.o_proj
+    assert isinstance(query, CompressedLinear) and isinstance(output, CompressedLinear) and query.siblings
+    ahead = query.siblings.later(torch.device("cpu"))
+    assert [tensor.data_ptr() for tensor in ahead[:2]] == [
+        output.weight.data_ptr(),  # type: ignore[operator]
+        output.weight_scale.data_ptr(),  # type: ignore[operator, union-attr]
+    ]
+    output.to("meta")
+    assert query.siblings.later(torch.device("cpu")) == []
+
+
+def test_layers_of_turned_and_of_plain_inputs_are_no_siblings(normal: MakeTensor) -> None:
+    model = Attention(normal, PROJECTIONS | {"k_proj": Option(4, rotated=True)})
+    join_siblings(model)
+    found = {name: layer.siblings for name, layer in model.named_children()}
+    assert found["q_proj"] is found["v_proj"] is not found["k_proj"]
+
+
+def test_layers_without_the_kernel_are_no_siblings(normal: MakeTensor) -> None:
+    model = Attention(normal, PROJECTIONS | {"k_proj": Option(0, 8, 0, 8)})
+    join_siblings(model)
+    found = {name: layer.siblings for name, layer in model.named_children()}
+    assert found["k_proj"] is None
+    assert isinstance(found["q_proj"], Siblings) and len(found["q_proj"].layers) == 2
+
+
+def test_what_the_kernel_does_not_serve() -> None:
+    assert matvec_cuda.serves(14336, 3, 64)
+    assert not matvec_cuda.serves(832, 3, 64), "rows begin at places that loads of 16 bytes do not fit"
+    assert not matvec_cuda.serves(1024, 3, 48)
+    assert not matvec_cuda.serves(2**16, 3, 64), "x does not fit"
+    assert not matvec_cuda.serves(1024, 0, 64)
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -93,7 +243,7 @@ OPTIONS = [
 
 @cuda
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
-@pytest.mark.parametrize("columns", [832, 8448])
+@pytest.mark.parametrize("columns", [896, 8448])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_one_token_on_cuda_is_the_product_with_the_dense_weight(
     normal: MakeTensor, option: Option, columns: int, dtype: torch.dtype
@@ -116,3 +266,12 @@ def test_decoding_compiles_without_a_graph_break(normal: MakeTensor, rotated: bo
     x_1I = normal(1, 128, seed=1).bfloat16().cuda()
     compiled = torch.compile(layer, fullgraph=True)
     assert torch.allclose(compiled(x_1I), layer(x_1I), rtol=2e-2, atol=1e-2)
+
+
+@cuda
+def test_siblings_on_cuda_give_what_they_give_alone(normal: MakeTensor, attention: Attention) -> None:
+    layers = [layer.cuda() for layer in attention.children()]
+    x_1I = normal(1, 256, seed=9).bfloat16().cuda()
+    together = [layer(x_1I) for layer in layers]
+    alone = [decoded([layer], x_1I)[0] for layer in layers]  # type: ignore[list-item]
+    assert all(torch.equal(ours, peer) for ours, peer in zip(together, alone, strict=True))
