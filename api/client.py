@@ -96,8 +96,9 @@ class Client:
             ProfilePage, self._get("/v1/profiles", {k: v for k, v in given.items() if v is not None})
         )
 
-    def frontier(self, profile_id: str) -> FrontierAnswer:
-        return _read(FrontierAnswer, self._get(f"/v1/profiles/{profile_id}/frontier"))
+    def frontier(self, profile_id: str, embeddings: bool = False) -> FrontierAnswer:
+        given = {"embeddings": "true"} if embeddings else {}
+        return _read(FrontierAnswer, self._get(f"/v1/profiles/{profile_id}/frontier", given))
 
     def fidelity(self, profile_id: str) -> FidelityAnswer:
         return _read(FidelityAnswer, self._get(f"/v1/profiles/{profile_id}/fidelity"))

@@ -116,6 +116,7 @@ class BatchEntry(ProfileJob):
     strategy: str = "optimal"
     constraints: dict[str, Any] | None = None
     target: TargetName | None = None
+    embeddings: bool = False
 
 
 class BatchJob(Request):

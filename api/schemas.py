@@ -125,6 +125,10 @@ class PlanConstraints(Request):
         )
 
 
+EMBEDDINGS = "Decide on the input embedding and the output head too: 8, 6, 4 or 16 bits."
+Embeddings = Annotated[bool, Field(description=EMBEDDINGS)]
+
+
 class PlanRequest(Request):
     """A model and a budget. A uniform strategy has a size of its own and needs no budget."""
 
@@ -140,9 +144,7 @@ class PlanRequest(Request):
     verify: Annotated[
         bool, Field(description="Measure the plan beside uniform at the same bytes; always a job.")
     ] = False
-    embeddings: Annotated[
-        bool, Field(description="Decide on the input embedding and the output head too: 8, 6, 4 or 16 bits.")
-    ] = False
+    embeddings: Embeddings = False
 
 
 class ProfileSettingsRequest(Request):
@@ -188,6 +190,7 @@ class BatchEntry(Request):
     strategy: StrategyText = "optimal"
     constraints: PlanConstraints | None = None
     target: Target | None = None
+    embeddings: Embeddings = False
     settings: ProfileSettingsRequest = ProfileSettingsRequest()
 
 

@@ -20,6 +20,7 @@ from api.report import OptimalPoint, UniformPoint
 from api.routes.negotiation import IDEMPOTENT, NOT_MODIFIED, IfNoneMatch, accepted, tagged
 from api.routes.submission import ACCEPTED, NewJobId, job_accepted
 from api.schemas import (
+    EMBEDDINGS,
     PROFILE_ID,
     CurvesAnswer,
     FidelityAnswer,
@@ -126,14 +127,23 @@ def read_curves(
     return tagged(content, media_type, _etag(profile_id, part), if_none_match)
 
 
-@router.get("/{profile_id}/frontier", response_model=FrontierAnswer, responses=FOUND)
+@router.get(
+    "/{profile_id}/frontier",
+    response_model=FrontierAnswer,
+    responses={**FOUND, **responses("unknown-profile", "unusable")},
+)
 def read_frontier(
-    profile_id: ProfileId, service: ServiceOf, reader: Reader, if_none_match: IfNoneMatch = None
+    profile_id: ProfileId,
+    service: ServiceOf,
+    reader: Reader,
+    embeddings: Annotated[bool, Query(description=EMBEDDINGS)] = False,
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
     """The least predicted loss at every size, and the uniform settings beside it."""
     from api.usecases import frontier_points, uniform_points
 
     profile = service.profiles.load(profile_id)
+    profile = profile.with_tables if embeddings else profile
     answer = FrontierAnswer(
         profile=profile_id,
         optimal=[OptimalPoint(**asdict(point)) for point in frontier_points(profile)],
@@ -147,7 +157,7 @@ def read_frontier(
             for point in uniform_points(profile)
         ],
     )
-    return _answer(answer, profile_id, "frontier", if_none_match)
+    return _answer(answer, profile_id, f"frontier {embeddings}", if_none_match)
 
 
 @router.get(

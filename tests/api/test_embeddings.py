@@ -103,6 +103,16 @@ def test_over_http_embeddings_are_a_field_of_the_request(client: httpx.Client, e
     assert refused.json()["type"].endswith("target")
 
 
+def test_over_http_the_frontier_offers_tables_where_it_is_asked_to(
+    bitrank: CommandLine, road: Road, client: httpx.Client, profile_id: str
+) -> None:
+    path, asked = f"/v1/profiles/{profile_id}/frontier", {"embeddings": "true"}
+    found, without = client.get(path, params=asked), client.get(path)
+    expected = json.loads(bitrank("frontier", road.profile, "--json", "--embeddings").stdout)["frontier"]
+    assert found.json()["optimal"] == expected != without.json()["optimal"]
+    assert found.headers["etag"] != without.headers["etag"]
+
+
 def test_over_http_an_export_that_cannot_hold_tables_says_so(client: httpx.Client) -> None:
     made = client.post("/v1/plans", json={"model": "model", "budget": BUDGET, "embeddings": True})
     answer = client.get(f"{made.headers['location']}/export", params={"format": "llm-compressor"})

@@ -209,6 +209,18 @@ def test_one_failing_item_never_sinks_a_batch(sqlite: Installation) -> None:
     assert sorted(data["index"] for data in noted) == [0, 1, 2, 3]
 
 
+def test_a_batch_decides_on_embeddings_where_an_entry_asks_for_it(sqlite: Installation) -> None:
+    entries = [SMALL | {"budgets": ["60%"], "embeddings": wanted} for wanted in (False, True)]
+    record = finished(sqlite.jobs, sqlite.jobs.submit("batch", {"jobs": entries}, None).id)
+    assert record.state == "done" and record.result is not None, record.error
+    database = open_database(sqlite.settings)
+    store = PlanStore(sqlite.settings, database)
+    without, with_tables = (store.plan(item["plan_id"]) for item in record.result["items"])
+    database.close()
+    assert without.tables == {} and with_tables.tables
+    assert with_tables.predicted_kl <= without.predicted_kl
+
+
 def test_a_plan_is_carried_out_and_measured(sqlite: Installation) -> None:
     planned = finished(sqlite.jobs, sqlite.jobs.submit("plan", SMALL | {"budget": "3.3bpw"}, None).id)
     assert planned.result is not None
