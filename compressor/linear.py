@@ -208,8 +208,8 @@ class CompressedLinear(nn.Module):
 class Siblings:
     """Layers that are given the same input: the one asked first multiplies for all of them, in one launch.
 
-    Found to have inputs of their own, they multiply each for itself from then on. `following` are those that the model
-    multiplies with next.
+    One found to have an input of its own multiplies for itself from then on, and so do all while one is elsewhere, as
+    where weights are offloaded. `following` are those that the model multiplies with next.
     """
 
     def __init__(self, layers: Sequence[CompressedLinear]) -> None:
@@ -223,6 +223,7 @@ class Siblings:
         index = next(i for i, sibling in enumerate(self.layers) if sibling is layer)
         if index in self._waiting and self._input is not x:
             layer.siblings = None
+        if layer.siblings is None or any(sibling.weight.device != x.device for sibling in self.layers):
             return decoded([layer], x)[0]
         if index not in self._waiting:
             self._input, self._waiting = x, dict(enumerate(decoded(self.layers, x, self.later(x.device))))

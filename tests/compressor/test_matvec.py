@@ -180,6 +180,18 @@ def test_siblings_that_turn_out_to_have_inputs_of_their_own_part(
     assert query.siblings is not None and key.siblings is None
 
 
+def test_a_layer_whose_sibling_is_elsewhere_multiplies_alone(
+    normal: MakeTensor, attention: Attention, launches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CompressedLinear, "_is_decoding", lambda layer, x: True)
+    query, key = attention.q_proj, attention.k_proj
+    assert isinstance(query, CompressedLinear)
+    x_1I = normal(1, 256, seed=9).bfloat16()
+    expected = decoded([query], x_1I)[0]
+    key.to("meta")
+    assert torch.equal(query(x_1I), expected)
+
+
 def test_siblings_follow_each_other_as_in_the_model(normal: MakeTensor) -> None:
     model = nn.Module()
     model.first, model.second = (Attention(normal, PROJECTIONS) for _ in range(2))
