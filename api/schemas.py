@@ -269,6 +269,14 @@ class ProfileLayer(Answer):
     r_squared: float
 
 
+class TablesAnswer(Answer):
+    """What bits per weight count where embedding and output head are decided on too."""
+
+    names: list[str]
+    compressible_weights: int
+    kept_bytes: int
+
+
 class ProfileAnswer(ProfileSummary):
     """A profile: what was measured, how, and how well the prediction held where it was checked."""
 
@@ -282,6 +290,9 @@ class ProfileAnswer(ProfileSummary):
         description="Ends of the 90 % prediction interval, as factors."
     )
     layers: list[ProfileLayer]
+    tables: TablesAnswer | None = Field(
+        None, description="With `embeddings`; null where the profile has not measured them."
+    )
 
 
 class PredictedError(Answer):

@@ -14,7 +14,7 @@ from api.database import EvaluationRow, PlanRow
 from api.problems import responses
 from api.routes.negotiation import NOT_MODIFIED, IfNoneMatch, tagged
 from api.routes.profiles import JSON, ProfileId, Reader
-from api.schemas import Answer, BudgetText, StrategyText
+from api.schemas import EMBEDDINGS, Answer, BudgetText, StrategyText
 from api.service import Service, ServiceOf
 
 MOST_EVALUATIONS = 200
@@ -40,7 +40,7 @@ class MeasuredAnswer(Answer):
 @router.get(
     "/{profile_id}/preview",
     response_model=Plan,
-    responses={**NOT_MODIFIED, **responses("unknown-profile", "infeasible")},
+    responses={**NOT_MODIFIED, **responses("unknown-profile", "infeasible", "unusable")},
 )
 def preview_plan(
     profile_id: ProfileId,
@@ -48,12 +48,14 @@ def preview_plan(
     reader: Reader,
     budget: Annotated[BudgetText | None, Query()] = None,
     strategy: Annotated[StrategyText, Query()] = "optimal",
+    embeddings: Annotated[bool, Query(description=EMBEDDINGS)] = False,
     if_none_match: IfNoneMatch = None,
 ) -> Response:
     """The plan for a budget, byte for byte as POST /v1/plans would keep it, made and not kept."""
     from api.usecases import plan_budget
 
-    plan = plan_budget(service.profiles.load(profile_id), budget, strategy)
+    profile = service.profiles.load(profile_id)
+    plan = plan_budget(profile.with_tables if embeddings else profile, budget, strategy)
     document = plan.document()
     return tagged(document, JSON, f'"{sha256(document).hexdigest()[:32]}"', if_none_match)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from hashlib import sha256
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Header, Path, Query
 from pydantic import BaseModel
@@ -32,8 +32,12 @@ from api.schemas import (
     ProfileRequest,
     ProfileSummary,
     SpectrumAnswer,
+    TablesAnswer,
 )
 from api.service import Service, ServiceOf
+
+if TYPE_CHECKING:
+    from profiler.profile import Profile
 
 JSON, CSV, PARQUET = "application/json", "text/csv", "application/vnd.apache.parquet"
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
@@ -228,4 +232,20 @@ def _profile(service: Service, profile_id: str) -> ProfileAnswer:
             )
             for layer, record in zip(menu.layers, document.layers.values(), strict=True)
         ],
+        tables=_tables(profile),
+    )
+
+
+def _tables(profile: Profile) -> TablesAnswer | None:
+    from profiler.profile import ProfileError
+
+    try:
+        offered = profile.with_tables
+    except ProfileError:
+        return None
+    menu = offered.menu
+    return TablesAnswer(
+        names=list(offered.tables),
+        compressible_weights=menu.compressible_weights,
+        kept_bytes=menu.kept_bytes,
     )

@@ -1,6 +1,6 @@
 // The page: which model and budget are looked at, the plan for them, and the charts around it.
 //
-// The address says it all: ?profile=…&budget=…&layer=…, or &plan=… for a plan that was kept. Charts are charts.js,
+// The address says it all: ?profile=…&budget=…&embeddings=…&layer=…, or &plan=… for a plan that was kept. Charts are charts.js,
 // requests service.js, jobs jobs.js, files download.js.
 
 import { download, downloadCsv, downloadSvg } from "./download.js";
@@ -17,6 +17,7 @@ const page = {
   profiles: [],
   profile: null, // the profile looked at, as the service describes it, with its frontier
   budget: "", // as written: 3.25bpw, 25% or 700MiB
+  embeddings: false, // whether embedding and output head are decided on too
   layer: null,
   plan: null, // the plan shown
   kept: null, // its id, once kept
@@ -25,8 +26,10 @@ const page = {
 
 // Budgets
 
-const bitsPerWeight = (bytes) => (8 * (bytes - page.profile.kept_bytes)) / page.profile.compressible_weights;
-const bytesAt = (bits) => page.profile.kept_bytes + (bits * page.profile.compressible_weights) / 8;
+/** What bits per weight count: with the tables, they count them too. */
+const offered = () => (page.embeddings ? page.profile.tables : page.profile);
+const bitsPerWeight = (bytes) => (8 * (bytes - offered().kept_bytes)) / offered().compressible_weights;
+const bytesAt = (bits) => offered().kept_bytes + (bits * offered().compressible_weights) / 8;
 
 /** A budget of so many bits per weight, written in the unit that the present one is written in. */
 function budgetText(bits) {
@@ -51,8 +54,8 @@ function firstBudget({ frontier }) {
 // The address
 
 function address() {
-  const { profile, budget, layer, kept } = page;
-  return `?${query({ profile: profile?.id.slice(0, 12), budget, layer, plan: kept })}`;
+  const { profile, budget, layer, kept, embeddings } = page;
+  return `?${query({ profile: profile?.id.slice(0, 12), budget, embeddings: embeddings || null, layer, plan: kept })}`;
 }
 
 let addressTimer = null;
@@ -84,7 +87,7 @@ async function followAddress() {
   const id = plan?.profile_sha256 ?? asked.get("profile");
   const known = id ? page.profiles.find((d) => d.id.startsWith(id)) : page.profiles[0];
   if (!known && !id) return showWelcome();
-  await showProfile(known?.id ?? id);
+  await showProfile(known?.id ?? id, plan ? Object.keys(plan.tables ?? {}).length > 0 : asked.get("embeddings") === "true");
   page.layer = asked.get("layer");
   page.kept = kept;
   await setBudget(plan?.budget.text ?? asked.get("budget") ?? firstBudget(page.profile));
@@ -108,22 +111,33 @@ function showWelcome() {
   at("planning").hidden = true;
 }
 
-async function showProfile(id) {
-  if (page.profile?.id === id) return;
+async function showProfile(id, embeddings = page.embeddings) {
+  if (page.profile?.id === id && page.embeddings === embeddings) return;
   at("planning").setAttribute("aria-busy", "true");
   const path = `profiles/${encodeURIComponent(id)}`;
-  const parts = ["", "/frontier", "/fidelity", "/measured"].map((part) => read(path + part));
-  const [profile, frontier, fidelity, { measured }] = await Promise.all(parts);
-  frontier.uniform = frontier.uniform.map((d) => ({ ...d, label: uniformName(d.label) }));
-  Object.assign(page, { profile: { ...profile, frontier }, measured, plan: null, kept: null, layer: null });
+  const parts = ["", "/fidelity", "/measured"].map((part) => read(path + part));
+  const [profile, fidelity, { measured }] = await Promise.all(parts);
+  Object.assign(page, { profile, measured, plan: null, kept: null, layer: null });
+  await offerTables(embeddings && profile.tables !== null);
   at("welcome").hidden = true;
   at("planning").hidden = false;
   at("profile").value = id;
   document.title = `${profile.model} · bitrank`;
-  const [least, most] = dialRange(page.profile);
-  Object.assign(at("slider"), { min: least, max: most.toFixed(2) });
   drawProfile(fidelity);
   at("planning").removeAttribute("aria-busy");
+}
+
+/** Whether embedding and output head are decided on too: bits per weight, the frontier and the dial follow. */
+async function offerTables(embeddings) {
+  page.embeddings = embeddings;
+  const { id, tables } = page.profile;
+  const frontier = await read(`profiles/${id}/frontier?${query({ embeddings: embeddings || null })}`);
+  frontier.uniform = frontier.uniform.map((d) => ({ ...d, label: uniformName(d.label) }));
+  page.profile.frontier = frontier;
+  at("embeddings").checked = embeddings;
+  at("embeddings").closest("label").hidden = tables === null;
+  const [least, most] = dialRange(page.profile);
+  Object.assign(at("slider"), { min: least, max: most.toFixed(2) });
 }
 
 /** uniform:3 and uniform:3:r64:g128 as people say them. */
@@ -216,7 +230,7 @@ async function setBudget(text) {
 
 async function planAndShow({ profile, text, since }) {
   try {
-    const path = page.kept ? `plans/${page.kept}` : `profiles/${profile.id}/preview?${query({ budget: text })}`;
+    const path = page.kept ? `plans/${page.kept}` : `profiles/${profile.id}/preview?${query({ budget: text, embeddings: page.embeddings || null })}`;
     const document = await (await request(path)).text();
     if (profile !== page.profile) return;
     await showPlan(JSON.parse(document), document);
@@ -295,7 +309,7 @@ function writeCards(plan) {
   const bits = bitsPerWeight(plan.total_bytes).toFixed(2);
   const cards = [
     ["predicted KL, nats/token", number(plan.predicted_kl), `90 % interval ${number(low)} to ${number(high)}`],
-    ["on disk", mebibytes(plan.total_bytes), `${(original / plan.total_bytes).toFixed(2)}× smaller, ${bits} bits per weight`],
+    ["on disk", mebibytes(plan.total_bytes), `${(original / plan.total_bytes).toFixed(2)}× smaller, ${bits} bits per weight${tableBits(plan)}`],
     change === null
       ? ["against uniform", "–", "no uniform setting on either side of this size"]
       : [change <= 0 ? "less loss than uniform" : "more loss than uniform", percent(Math.abs(change)), `predicted; uniform at these bytes ${number(uniform)}`],
@@ -305,6 +319,12 @@ function writeCards(plan) {
   const card = ([name, figure, detail]) =>
     element("div", {}, element("dt", {}, name), element("dd", {}, figure), element("dd", {}, detail));
   at("cards").replaceChildren(...cards.map(card));
+}
+
+/** What a plan gives embedding and output head, where it decides on them. */
+function tableBits({ tables = {}, layers }) {
+  const name = { embedding: "embedding", head: "head", tied: "embedding and head" };
+  return Object.entries(tables).map(([table, kind]) => `, ${name[kind]} at ${layers[table].bits}`).join("");
 }
 
 /** Predicted KL of uniform settings at so many bytes, log-linear between two of them; null outside. */
@@ -408,7 +428,7 @@ const chooseLayer = guarded(async (name) => {
 });
 
 async function keepPlan() {
-  const answer = await request("plans", { method: "POST", body: { model: page.profile.model, budget: page.budget } });
+  const answer = await request("plans", { method: "POST", body: { model: page.profile.model, budget: page.budget, embeddings: page.embeddings } });
   const document = await answer.text();
   const plan = JSON.parse(document);
   page.kept = answer.headers.get("Location").split("/").at(-1);
@@ -473,6 +493,14 @@ function listen() {
     await showProfile(at("profile").value);
     await setBudget(firstBudget(page.profile));
     keepAddress();
+  }));
+  at("embeddings").addEventListener("change", guarded(async () => {
+    const { bytes } = page.plan.budget;
+    page.kept = null;
+    await offerTables(at("embeddings").checked);
+    drawMeasured();
+    await setBudget(budgetText(Math.max(bitsPerWeight(bytes), at("slider").min)));
+    await release();
   }));
   at("keep").addEventListener("click", guarded(keepPlan));
   at("measure-plan").addEventListener("click", guarded(measurePlan));

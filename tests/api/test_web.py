@@ -186,6 +186,38 @@ def test_the_frontier_is_a_dial_too(page: Page) -> None:
     expect(page.locator("#frontier .chosen circle")).to_have_count(1)
 
 
+def predicted_kl(page: Page) -> float:
+    return float(page.locator("#cards dd").first.inner_text())
+
+
+def test_embedding_and_head_are_decided_on_where_that_is_ticked(
+    page: Page, browser: Any, server: str
+) -> None:
+    box = page.get_by_role("checkbox", name="Embedding and head too")
+    kept_kl = predicted_kl(page)
+    box.check()
+    expect(page).to_have_url(re.compile("embeddings=true"))
+    settled(page)
+    expect(page.locator("#cards")).to_contain_text(re.compile(r"embedding and head at \d+"))
+    assert predicted_kl(page) <= kept_kl
+    assert in_address(page, "embeddings") == "true"
+    assert json.loads(downloaded(page, "JSON"))["tables"]
+    box.uncheck()
+    expect(page).not_to_have_url(re.compile("embeddings"))
+    settled(page)
+    expect(page.locator("#cards")).not_to_contain_text("embedding")
+    box.check()
+    expect(page).to_have_url(re.compile("embeddings=true"))
+    drag(page, 0.3)
+    page.get_by_role("button", name="Keep this plan").click()
+    expect(page.locator("#keep")).to_have_text(re.compile("^Kept as"))
+    other = Visit(browser)
+    opened(other.page, page.evaluate("location.href"))
+    expect(other.page.get_by_role("checkbox", name="Embedding and head too")).to_be_checked()
+    assert other.page.locator("#cards").inner_text() == page.locator("#cards").inner_text()
+    other.context.close()
+
+
 def test_an_address_restores_model_budget_and_layer(page: Page, browser: Any, server: str) -> None:
     drag(page, 0.6)
     page.get_by_role("combobox", name="Layer").select_option(label="model.layers.1.mlp.down_proj")
