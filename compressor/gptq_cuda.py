@@ -67,7 +67,8 @@ def block_kernel(
 
     def work(start: int, end: int) -> None:
         arguments = [*fixed, start, end - start]
-        kernel(grid=grid, block=(THREADS, 1, 1), args=arguments, shared_mem=SHARED_BYTES)
+        with torch.cuda.device_of(values_IR):
+            kernel(grid=grid, block=(THREADS, 1, 1), args=arguments, shared_mem=SHARED_BYTES)
 
     return work
 

@@ -138,7 +138,8 @@ def matvec(
     assert found is not None
     kernel, multiprocessors = found
     grid = min(tiles, 2 * multiprocessors), 1, 1
-    kernel(grid=grid, block=(32 * WARPS, 1, 1), args=arguments, shared_mem=shared_bytes(len(x_I)))
+    with torch.cuda.device_of(x_I):
+        kernel(grid=grid, block=(32 * WARPS, 1, 1), args=arguments, shared_mem=shared_bytes(len(x_I)))
     return y
 
 
