@@ -351,10 +351,13 @@ def recover(
     from profiler.recovery import RecoverySettings
 
     settings = RecoverySettings(steps=steps, seed=seed)
-    recover_checkpoint(checkpoint, reference, output, text, tokens, settings, progress(), device)
+    found = recover_checkpoint(checkpoint, reference, output, text, tokens, settings, progress(), device)
     if json_output:
-        return print_json({"checkpoint": str(output), "settings": asdict(settings)})
-    print(f"{output}: {steps} steps")
+        made = {"checkpoint": str(output), "settings": asdict(settings), "helped": found.helped}
+        return print_json(made | asdict(found))
+    change = f"KL {found.before_kl:.4g} -> {found.after_kl:.4g} nats/token on windows held back"
+    kept = "" if found.helped else "; that is no gain, so the scales stay as they were"
+    print(f"{output}: {steps} steps, {change}{kept}")
     print(f"next: bitrank evaluate {output} --reference {reference}")
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from profiler.layers import LoadedModel
     from profiler.profile import Profile
     from profiler.prompts import SamplePair
-    from profiler.recovery import RecoverySettings
+    from profiler.recovery import Recovered, RecoverySettings
     from profiler.run import ProfileSettings
 
 CONSTRAINED_SECONDS = 5.0
@@ -423,7 +423,7 @@ def recover_checkpoint(
     settings: RecoverySettings,
     progress: Progress,
     device: str = "cpu",
-) -> None:
+) -> Recovered:
     """Train the scales of a compressed checkpoint towards the original; resumes an interrupted run of the same.
 
     On `text`, or on tokens sampled from the original. Raises `ModelError`, `CalibrationError`, `WorkError`.
@@ -454,7 +454,7 @@ def recover_checkpoint(
         return logits_NTV
 
     request = " ".join((weights_sha256(ref), weights_sha256(original), tokens_sha256(tokens_NT)))
-    recover(
+    return recover(
         loaded.model, logits, tokens_NT.to(device), ref.path, output.resolve(), settings, progress, request
     )
 

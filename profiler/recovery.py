@@ -9,6 +9,7 @@ Letters: N windows, T tokens of a window, O rows, I columns, G groups of a row, 
 Every scale becomes s·(1 + δ), with δ trained by Adam under a cosine schedule to minimise KL(original ‖ compressed) in
 nats per token, and is rounded to bfloat16 on the way; gradients pass the rounding straight through (Bengio et al.,
 arXiv 1308.3432). A bfloat16 factor F becomes F + rms(F)·δ. The order of windows follows from seed and epoch alone.
+The last windows are held back: where training does not bring them nearer, the checkpoint stays what it was.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ STATE = "recovery.safetensors"
 SAVED_EVERY = 25
 WARM_UP = 10
 BETAS = (0.9, 0.99)
+HELD_BACK = 16
+"""One window of so many is not trained on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,19 @@ class RecoverySettings:
     windows: int = 4
     learning_rate: float = 0.01
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """KL (nats/token) on the windows held back, before training and after it."""
+
+    before_kl: float
+    after_kl: float
+
+    @property
+    def helped(self) -> bool:
+        """Whether the checkpoint has the trained scales; it has its own where they do not bring it nearer."""
+        return self.after_kl < self.before_kl
 
 
 class TrainableMatrix(nn.Module):
@@ -162,8 +178,9 @@ def recover(
     settings: RecoverySettings,
     progress: Progress,
     request: str,
-) -> None:
-    """Train the scales of `student`, the model of the checkpoint in `source`, and write the checkpoint with them.
+) -> Recovered:
+    """Train the scales of `student`, the model of the checkpoint in `source`, and write the checkpoint with them, or as
+    it was where they did not help.
 
     teacher: logits (N, T, vocabulary) of the original for windows (N, T). request: what the result depends on beside
     the settings, so that an interrupted run of the same is resumed and of another is not. Raises `WorkError` when the
@@ -174,10 +191,34 @@ def recover(
     partial.mkdir(parents=True, exist_ok=True)
     layers = make_trainable(student)
     request = json.dumps([request, asdict(settings)])
-    train(student, teacher, tokens_NT, partial / STATE, settings, progress, request)
-    write_checkpoint(source, partial, layers)
+    train_NT, held_NT = held_back(tokens_NT)
+    before_kl = kl_nats(student, teacher, held_NT)
+    train(student, teacher, train_NT, partial / STATE, settings, progress, request)
+    found = Recovered(before_kl, kl_nats(student, teacher, held_NT))
+    write_checkpoint(source, partial, layers if found.helped else {})
     (partial / STATE).unlink(missing_ok=True)
     put_in_place(partial, output)
+    return found
+
+
+def held_back(tokens_NT: Tensor) -> tuple[Tensor, Tensor]:
+    """The windows to train on, and the last ones to judge by; a single window serves for both."""
+    count = max(1, len(tokens_NT) // HELD_BACK)
+    return (tokens_NT[:-count] if len(tokens_NT) > count else tokens_NT), tokens_NT[-count:]
+
+
+@torch.no_grad()
+def kl_nats(student: nn.Module, teacher: Callable[[Tensor], Tensor], tokens_NT: Tensor) -> float:
+    """KL(original ‖ student), nats per token."""
+    return sum(_divergence(student, teacher, window_1T).item() for window_1T in tokens_NT.split(1)) / len(
+        tokens_NT
+    )
+
+
+def _divergence(student: nn.Module, teacher: Callable[[Tensor], Tensor], window_NT: Tensor) -> Tensor:
+    log_p_NTV = teacher(window_NT).float().log_softmax(-1)
+    log_q_NTV = student(window_NT, use_cache=False).logits.float().log_softmax(-1)
+    return divergence(log_p_NTV, log_q_NTV).mean()
 
 
 def train(
@@ -196,9 +237,7 @@ def train(
     for step in range(done, settings.steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
         window_NT = tokens_NT[chosen_windows(step, len(tokens_NT), settings)]
-        log_p_NTV = teacher(window_NT).float().log_softmax(-1)
-        log_q_NTV = student(window_NT, use_cache=False).logits.float().log_softmax(-1)
-        loss = divergence(log_p_NTV, log_q_NTV).mean()
+        loss = _divergence(student, teacher, window_NT)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

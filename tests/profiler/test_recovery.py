@@ -26,6 +26,7 @@ from profiler.recovery import (
     RecoverySettings,
     TrainableLinear,
     chosen_windows,
+    held_back,
     learning_rate,
     recover,
 )
@@ -137,6 +138,23 @@ def test_recovery_brings_the_model_nearer_and_changes_scales_alone(
     assert changed
     assert all(name.endswith("_scale") for name in changed)
     assert all(before[name].dtype == after[name].dtype for name in changed)
+
+
+def test_training_that_does_not_help_leaves_the_checkpoint_as_it_was(
+    profile: Profile, original: LoadedModel, checkpoint: Path, tmp_path: Path
+) -> None:
+    recovered(profile, original, checkpoint, tmp_path / "out", replace(SHORT, learning_rate=100.0))
+    before, after = tensors(checkpoint), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(("windows", "trained"), [(1, 1), (2, 1), (15, 14), (32, 30)])
+def test_the_last_windows_are_held_back(windows: int, trained: int) -> None:
+    tokens_NT = torch.arange(windows)[:, None]
+    train_NT, held_NT = held_back(tokens_NT)
+    assert train_NT.flatten().tolist() == list(range(trained))
+    assert held_NT.flatten().tolist() == list(range(trained, windows)) or windows == 1
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
