@@ -261,8 +261,7 @@ def frontier(
     from api.usecases import frontier_points, uniform_points
     from profiler.profile import load_profile
 
-    loaded = load_profile(profile_path)
-    loaded = loaded.with_tables if embeddings else loaded
+    loaded = load_profile(profile_path).offered(embeddings)
     points, uniform = frontier_points(loaded), uniform_points(loaded)
     if json_output:
         return print_json({"frontier": _dicts(points), "uniform": _dicts(uniform)})

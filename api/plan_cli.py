@@ -262,8 +262,7 @@ def _loaded(path: Path, embeddings: bool) -> Profile:
     """The profile, with its tables on the menu if asked for."""
     from profiler.profile import load_profile
 
-    loaded = load_profile(path)
-    return loaded.with_tables if embeddings else loaded
+    return load_profile(path).offered(embeddings)
 
 
 def _policy(path: Path | None, profile: Profile, asked_for: bool) -> Policy | None:

@@ -291,7 +291,7 @@ class ProfileAnswer(ProfileSummary):
     )
     layers: list[ProfileLayer]
     tables: TablesAnswer | None = Field(
-        None, description="With `embeddings`; null where the profile has not measured them."
+        None, description="What a plan with `embeddings` counts; null where no table was measured."
     )
 
 

@@ -335,8 +335,7 @@ def planned(job: PlanJob, profile: Profile) -> Plan:
     from api.usecases import plan_budget
 
     constraints = None if job.constraints is None else PlanConstraints.model_validate(job.constraints).rules()
-    offered = profile.with_tables if job.embeddings else profile
-    return plan_budget(offered, job.budget, job.strategy, constraints, job.target)
+    return plan_budget(profile.offered(job.embeddings), job.budget, job.strategy, constraints, job.target)
 
 
 @contextmanager

@@ -177,6 +177,11 @@ class CompressedLinear(nn.Module):
         codes, scale, _ = matrix_names(name)
         return Matrix(getattr(self, codes), getattr(self, scale), self.zero_points(name), *self.grid_of(name))
 
+    def ready(self) -> list[Tensor]:
+        """What a product with Q reads, but for zero points that are unpacked only then."""
+        zero_OG = self._buffers.get("weight_zero_OG")
+        return [self.weight, self.weight_scale, *([] if zero_OG is None else [zero_OG])]
+
     def packed_with(self, hidden_r: Tensor) -> Matrix:
         """Q, and L for the product with R·x, float32 (r,)."""
         packed = replace(
@@ -239,7 +244,7 @@ class Siblings:
         while (
             following and following is not self and sum(tensor.nbytes for tensor in found) < READ_AHEAD_BYTES
         ):
-            stored = [tensor for layer in following.layers for tensor in layer.packed("weight").stored()]
+            stored = [tensor for layer in following.layers for tensor in layer.ready()]
             if any(tensor.device != device for tensor in stored):
                 break
             found.extend(stored)

@@ -48,10 +48,6 @@ class Matrix:
     hidden_r: Tensor | None = None
     factor_bits: int = 0
 
-    def stored(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What a product with Q reads."""
-        return self.word_OW, self.scale_OG, self.zero_OG
-
 
 def products(
     x_I: Tensor, matrices: Sequence[Matrix], dtype: torch.dtype, later: Sequence[Tensor] = ()

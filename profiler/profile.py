@@ -146,9 +146,13 @@ class Profile:
             )
         return replace(self, tables=found.tables)
 
+    def offered(self, embeddings: bool) -> Profile:
+        """The profile whose menu has embedding and output head where they are asked for."""
+        return self.with_tables if embeddings else self
+
     def offering(self, plan: Plan) -> Profile:
         """The profile whose menu has what the plan decides on."""
-        return self.with_tables if plan.tables else self
+        return self.offered(bool(plan.tables))
 
     @cached_property
     def menu(self) -> Menu:

@@ -110,8 +110,7 @@ def plan_of(service: Service, profile_id: str, request: PlanRequest) -> Plan:
     from api.usecases import plan_budget
 
     constraints = None if request.constraints is None else request.constraints.rules()
-    profile = service.profiles.load(profile_id)
-    profile = profile.with_tables if request.embeddings else profile
+    profile = service.profiles.load(profile_id).offered(request.embeddings)
     with PLANNING if constraints is None and request.target is None else nullcontext():
         return plan_budget(profile, request.budget, request.strategy, constraints, request.target)
 

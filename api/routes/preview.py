@@ -54,8 +54,7 @@ def preview_plan(
     """The plan for a budget, byte for byte as POST /v1/plans would keep it, made and not kept."""
     from api.usecases import plan_budget
 
-    profile = service.profiles.load(profile_id)
-    plan = plan_budget(profile.with_tables if embeddings else profile, budget, strategy)
+    plan = plan_budget(service.profiles.load(profile_id).offered(embeddings), budget, strategy)
     document = plan.document()
     return tagged(document, JSON, f'"{sha256(document).hexdigest()[:32]}"', if_none_match)
 

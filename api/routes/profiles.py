@@ -146,8 +146,7 @@ def read_frontier(
     """The least predicted loss at every size, and the uniform settings beside it."""
     from api.usecases import frontier_points, uniform_points
 
-    profile = service.profiles.load(profile_id)
-    profile = profile.with_tables if embeddings else profile
+    profile = service.profiles.load(profile_id).offered(embeddings)
     answer = FrontierAnswer(
         profile=profile_id,
         optimal=[OptimalPoint(**asdict(point)) for point in frontier_points(profile)],
@@ -232,16 +231,18 @@ def _profile(service: Service, profile_id: str) -> ProfileAnswer:
             )
             for layer, record in zip(menu.layers, document.layers.values(), strict=True)
         ],
-        tables=_tables(profile),
+        tables=described_tables(profile),
     )
 
 
-def _tables(profile: Profile) -> TablesAnswer | None:
+def described_tables(profile: Profile) -> TablesAnswer | None:
+    """What a plan with embeddings counts; None where tables were not measured or cannot be read."""
+    from profiler.companion import CompanionError
     from profiler.profile import ProfileError
 
     try:
         offered = profile.with_tables
-    except ProfileError:
+    except (ProfileError, CompanionError):
         return None
     menu = offered.menu
     return TablesAnswer(

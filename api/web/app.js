@@ -1,7 +1,7 @@
 // The page: which model and budget are looked at, the plan for them, and the charts around it.
 //
-// The address says it all: ?profile=…&budget=…&embeddings=…&layer=…, or &plan=… for a plan that was kept. Charts are charts.js,
-// requests service.js, jobs jobs.js, files download.js.
+// The address says it all: ?profile=…&budget=…&embeddings=…&layer=…, or &plan=… for a plan that was kept. Charts are
+// charts.js, requests service.js, jobs jobs.js, files download.js.
 
 import { download, downloadCsv, downloadSvg } from "./download.js";
 import { JobList } from "./jobs.js";

@@ -13,6 +13,7 @@ from road import Road
 
 from allocator.plan import Plan, load_plan
 from api.job_schemas import PlanJob
+from api.routes.profiles import described_tables
 from api.tasks import planned
 from api.usecases import compress_plan, evaluate_model, plan_budget
 from profiler.calibration import silent
@@ -111,6 +112,20 @@ def test_over_http_the_frontier_offers_tables_where_it_is_asked_to(
     expected = json.loads(bitrank("frontier", road.profile, "--json", "--embeddings").stdout)["frontier"]
     assert found.json()["optimal"] == expected != without.json()["optimal"]
     assert found.headers["etag"] != without.headers["etag"]
+
+
+@pytest.mark.parametrize("text", [None, "{"])
+def test_a_profile_whose_tables_cannot_be_read_is_described_without_them(
+    road: Road, tmp_path: Path, text: str | None
+) -> None:
+    copytree(road.profile, tmp_path / "old")
+    file = tmp_path / "old" / TablesDocument.file_name
+    file.unlink()
+    if text is not None:
+        file.write_text(text)
+    assert described_tables(load_profile(tmp_path / "old")) is None
+    found = described_tables(load_profile(road.profile))
+    assert found is not None and found.names == [TABLE]
 
 
 def test_over_http_an_export_that_cannot_hold_tables_says_so(client: httpx.Client) -> None:

@@ -215,6 +215,9 @@ def test_what_lies_elsewhere_is_not_read_ahead(attention: Attention) -> None:
         output.weight.data_ptr(),  # type: ignore[operator]
         output.weight_scale.data_ptr(),  # type: ignore[operator, union-attr]
     ]
+    assert len(ahead) == 2, "zero points that are unpacked at every product are not in memory yet"
+    output.prepare()
+    assert len(query.siblings.later(torch.device("cpu"))) == 3
     output.to("meta")
     assert query.siblings.later(torch.device("cpu")) == []
 
