@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+import compressor.attention  # noqa: F401  registers itself
 from allocator.constraints import FUSED
 from allocator.storage import Option
 from compressor.experts import unstack_experts
