@@ -29,6 +29,8 @@ from compressor.packing import pack, unpack, words
 
 TILE = 2**24
 """Weights dequantized at once."""
+HIDDEN_PARTS = 8
+"""Parts of R·x, which has few rows, at which as many multiprocessors work."""
 
 
 def matrix_names(name: str) -> tuple[str, str, str]:
@@ -182,10 +184,10 @@ class CompressedLinear(nn.Module):
         zero_OG = self._buffers.get("weight_zero_OG")
         return [self.weight, self.weight_scale, *([] if zero_OG is None else [zero_OG])]
 
-    def packed_with(self, hidden_r: Tensor) -> Matrix:
-        """Q, and L for the product with R·x, float32 (r,)."""
+    def packed_with(self, hidden_rp: Tensor) -> Matrix:
+        """Q, and L for the product with R·x, float32 (r, p), its parts to be added up."""
         packed = replace(
-            self.packed("weight"), left=self.left, hidden_r=hidden_r, factor_bits=self.option.factor_bits
+            self.packed("weight"), left=self.left, hidden_rp=hidden_rp, factor_bits=self.option.factor_bits
         )
         if not self._is_quantized("left"):
             return packed
@@ -263,12 +265,13 @@ def decoded(layers: Sequence[CompressedLinear], x: Tensor, later: Sequence[Tenso
 
 
 def _hidden(layers: Sequence[CompressedLinear], x_I: Tensor) -> dict[CompressedLinear, Tensor]:
-    """R·x of every layer, float32 (r,)."""
+    """R·x of every layer, float32 (r, p), in parts."""
     packed = [layer for layer in layers if layer.option.factor_bits != KEEP_BITS]
-    products = matvec_cuda.products(x_I, [layer.packed("right") for layer in packed], torch.float32)
+    rights = [layer.packed("right") for layer in packed]
+    products = matvec_cuda.products_in_parts(x_I, rights, torch.float32, HIDDEN_PARTS)
     plain = [layer for layer in layers if layer.option.factor_bits == KEEP_BITS]
     return dict(zip(packed, products, strict=True)) | {
-        layer: (layer.right.to(x_I.dtype) @ x_I).float() for layer in plain
+        layer: (layer.right.to(x_I.dtype) @ x_I).float()[:, None] for layer in plain
     }
 
 

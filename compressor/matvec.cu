@@ -1,9 +1,11 @@
 // One token times packed matrices that share it, y = Q·x + L·h: compiled by NVRTC, launched by `matvec_cuda.py`.
 //
 // The stored layout is `packing.py`'s. A launch has up to SEGMENTS matrices of as many columns, whose rows follow each
-// other in y. A tile is 16 rows of one, a unit 256 columns of a tile. A thread block takes every gridDim.x-th tile; its warps
-// multiply units, one after the other, and meet when ROUND tiles are done, to add up. While one waits for memory others
-// multiply. In the end what later launches read is asked for, so that memory does not rest between them.
+// other in y. A tile is 16 rows of one, a unit 256 columns of a tile. A thread block, one or two on a multiprocessor, takes every
+// gridDim.x-th tile; its warps multiply units, one after the other, and meet when a round of tiles is done, so many that four
+// threads add up a row. While one
+// waits for memory others multiply. In the end what later launches read is asked for, so that memory does not rest between
+// them. Of few rows several thread blocks, gridDim.y, have a share of the columns each, and y has as many parts.
 //
 // The arithmetic is the tensor core's of 8-bit integers, and exact. x is rounded once to 16 bits of the largest in its
 // chunk of 64 columns, x = scale (256 high + low), and codes are what they are. In the product of 16 × 32 by 32 × 8, lane
@@ -18,8 +20,8 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 
-constexpr int WARPS = 16, THREADS = 32 * WARPS, SEGMENTS = 4;
-constexpr int RUN = 32, CHUNK = 64, UNIT = 4 * CHUNK, TILE = 16, ROUND = 8;
+constexpr int WARPS = 32, SEGMENTS = 4;  // the most
+constexpr int RUN = 32, CHUNK = 64, UNIT = 4 * CHUNK, TILE = 16;
 constexpr int INPUTS = 36;  // words of shared memory for a chunk's x: 16 high, 16 low, scale, both runs' sums, one to spare
 constexpr int FLOAT = 0, BFLOAT16 = 1;
 constexpr u32 ALL = ~0u;
@@ -33,7 +35,7 @@ struct Segment {
     const u16* left_scale;
     const u8* left_zero;
     const float* hidden;
-    int rank, factor_bits;
+    int hidden_parts, rank, factor_bits;
     int first_tile, first_row, groups, groups_a_chunk;  // groups_a_chunk in 65536ths
 };
 
@@ -77,41 +79,64 @@ __device__ u16 to_bfloat16(float x) {
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+// Columns 16 i to 16 i + 15 of x, as they are stored.
+struct Sixteen {
+    Four half[2];
+};
+__device__ Sixteen columns_of(const u16* x, int i, int columns) {
+    if (i * 16 >= columns) return {};
+    return {((const Four*)x)[2 * i], ((const Four*)x)[2 * i + 1]};
+}
+
+__device__ void store(void* y, int kind, int place, float x) {
+    if (kind == FLOAT)
+        ((float*)y)[place] = x;
+    else
+        ((u16*)y)[place] = kind == BFLOAT16 ? to_bfloat16(x) : to_half(x);
+}
+
 // x to integers, 16 columns a thread, so that four neighbouring threads have a chunk; zeros up to a whole unit.
+// Adding 1.5 · 2²³ leaves a rounded number in the low bits of a float.
 __device__ void share_inputs(const u16* x, int kind, int columns) {
-    int needed = (columns + UNIT - 1) / UNIT * (UNIT / 16);
-    for (int i = threadIdx.x; i < (needed + 31) / 32 * 32; i += THREADS) {
+    constexpr float TO_INTEGER = 12582912;
+    int needed = (columns + UNIT - 1) / UNIT * (UNIT / 16), odd = threadIdx.x % 2;
+    Sixteen later = columns_of(x, threadIdx.x, columns);
+    for (int i = threadIdx.x; i < (needed + 31) / 32 * 32; i += blockDim.x) {
+        Sixteen now = later;
+        later = columns_of(x, i + blockDim.x, columns);
         float value[16];
         u32 largest = 0;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            Four eight = i * 16 < columns ? ((const Four*)x)[2 * i + half] : Four{};
-#pragma unroll
-            for (int k = 0; k < 8; k++) {
-                float number = to_float(eight.of[k / 2] >> 16 * (k % 2), kind);
-                value[8 * half + k] = number;
-                largest = max(largest, __float_as_uint(number) & 0x7fffffffu);
-            }
+        for (int k = 0; k < 16; k++) {
+            value[k] = to_float(now.half[k / 8].of[k % 8 / 2] >> 16 * (k % 2), kind);
+            largest = max(largest, __float_as_uint(value[k]) & 0x7fffffffu);
         }
         largest = max(largest, __shfl_xor_sync(ALL, largest, 1));
         largest = max(largest, __shfl_xor_sync(ALL, largest, 2));
         float most = __uint_as_float(largest), steps = most > 1e-30f ? __fdividef(32639, most) : 0;
-        u32* chunk = shared + min(i, needed - 1) / 4 * INPUTS;
-        u16* bytes = (u16*)(chunk + i / 2 % 2 * 8) + i % 2;
-        int sum = 0;
+        u32 sum = 0, bytes[8];  // high and low ones of columns t and 8 + t
 #pragma unroll
         for (int t = 0; t < 8; t++) {
-            int first = __float2int_rn(value[t] * steps), second = __float2int_rn(value[8 + t] * steps);
-            int first_high = (first + 128) >> 8, second_high = (second + 128) >> 8;
-            sum += first + second;
-            if (i >= needed) continue;
-            bytes[2 * t] = (first_high & 255) | (second_high & 255) << 8;
-            bytes[2 * t + 32] = ((first - 256 * first_high) & 255) | ((second - 256 * second_high) & 255) << 8;
+            u32 first = __float_as_uint(fmaf(value[t], steps, TO_INTEGER));
+            u32 second = __float_as_uint(fmaf(value[8 + t], steps, TO_INTEGER));
+            sum += first + second - 2 * __float_as_uint(TO_INTEGER);
+            bytes[t] = __byte_perm(__byte_perm(first + 128, second + 128, 0x51), __byte_perm(first, second, 0x40), 0x5410);
         }
         sum += __shfl_xor_sync(ALL, sum, 1);
+        Four high, low;  // half of them, of the neighbour's columns too
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            u32 own = odd ? bytes[4 + t] : bytes[t], other = __shfl_xor_sync(ALL, odd ? bytes[t] : bytes[4 + t], 1);
+            high.of[t] = odd ? __byte_perm(other, own, 0x5410) : __byte_perm(own, other, 0x5410);
+            low.of[t] = odd ? __byte_perm(other, own, 0x7632) : __byte_perm(own, other, 0x7632);
+        }
         if (i >= needed) continue;
+        u32* chunk = shared + i / 4 * INPUTS;
+        int place = i / 2 % 2 * 8 + odd * 4;
+        *(Four*)(chunk + place) = high;
+        *(Four*)(chunk + 16 + place) = low;
         if (i % 4 == 0) chunk[32] = __float_as_uint(most / 32639);
-        if (i % 2 == 0) chunk[33 + i / 2 % 2] = sum;
+        if (!odd) chunk[33 + i / 2 % 2] = sum;
     }
 }
 
@@ -158,9 +183,11 @@ template <> struct Plane<0> {
     __device__ u32 codes(int, int, int) const { return 0; }
 };
 
-// Add the products of 256 columns to the sums of rows g and g + 8.
+// Add the products of 256 columns to the sums of rows g and g + 8; x is shared from the unit `first_unit` on.
 template <int LOW, int HIGH>
-__device__ void add(float (&sum)[2], const Segment& segment, int tile, int unit, int columns, int lane) {
+__device__ void add(
+    float (&sum)[2], const Segment& segment, int tile, int unit, int first_unit, int columns, int lane
+) {
     int chunk = min(4 * unit + lane % 4, columns / CHUNK - 1), first = chunk * segment.groups_a_chunk >> 16;
     int top = (tile - segment.first_tile) * TILE + lane / 4, stride = columns / RUN * (LOW + HIGH);
     int next = segment.group == RUN;
@@ -180,7 +207,7 @@ __device__ void add(float (&sum)[2], const Segment& segment, int tile, int unit,
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) low[i].gather(), high[i].gather();
-    const u32* input = shared + (4 * unit + lane % 4) * INPUTS;
+    const u32* input = shared + (4 * (unit - first_unit) + lane % 4) * INPUTS;
     const u32* piece = input + lane / 4 % 2 * 16;
     bool own = lane / 8 == lane % 4;
     int c[2][4] = {};
@@ -214,14 +241,16 @@ __device__ void add(float (&sum)[2], const Segment& segment, int tile, int unit,
     }
 }
 
-__device__ void add_unit(float (&sum)[2], const Segment& segment, int tile, int unit, int columns, int lane) {
+__device__ void add_unit(
+    float (&sum)[2], const Segment& segment, int tile, int unit, int first_unit, int columns, int lane
+) {
     switch (segment.bits) {
-        case 2: return add<2, 0>(sum, segment, tile, unit, columns, lane);
-        case 3: return add<2, 1>(sum, segment, tile, unit, columns, lane);
-        case 4: return add<4, 0>(sum, segment, tile, unit, columns, lane);
-        case 5: return add<4, 1>(sum, segment, tile, unit, columns, lane);
-        case 6: return add<4, 2>(sum, segment, tile, unit, columns, lane);
-        case 8: return add<4, 4>(sum, segment, tile, unit, columns, lane);
+        case 2: return add<2, 0>(sum, segment, tile, unit, first_unit, columns, lane);
+        case 3: return add<2, 1>(sum, segment, tile, unit, first_unit, columns, lane);
+        case 4: return add<4, 0>(sum, segment, tile, unit, first_unit, columns, lane);
+        case 5: return add<4, 1>(sum, segment, tile, unit, first_unit, columns, lane);
+        case 6: return add<4, 2>(sum, segment, tile, unit, first_unit, columns, lane);
+        case 8: return add<4, 4>(sum, segment, tile, unit, first_unit, columns, lane);
     }
 }
 
@@ -231,7 +260,9 @@ __device__ float low_rank(const Segment& segment, int row, int first) {
     int runs = (segment.rows + RUN - 1) / RUN, groups = (segment.rows + 63) / 64, bits = segment.factor_bits;
 #pragma unroll 4
     for (int vector = first; vector < segment.rank; vector += 4) {
-        float hidden = segment.hidden[vector];
+        float hidden = 0;
+        for (int part = 0; part < segment.hidden_parts; part++)
+            hidden += segment.hidden[vector * segment.hidden_parts + part];
         if (bits == 16) {
             sum += hidden * to_float(((const u16*)segment.left)[(long long)vector * segment.rows + row], BFLOAT16);
             continue;
@@ -253,62 +284,63 @@ __device__ void read_ahead(const char* from, int bytes) {
 
 #define ARGUMENTS(n)                                                                                                \
     const u32 *words##n, const u16 *scale##n, const u8 *zero##n, int rows##n, int bits##n, int group##n,            \
-        const void *left##n, const u16 *left_scale##n, const u8 *left_zero##n, const float *hidden##n, int rank##n, \
-        int factor_bits##n, int first_tile##n, int first_row##n, int groups##n, int groups_a_chunk##n
+        const void *left##n, const u16 *left_scale##n, const u8 *left_zero##n, const float *hidden##n,              \
+        int hidden_parts##n, int rank##n, int factor_bits##n, int first_tile##n, int first_row##n, int groups##n, int groups_a_chunk##n
 #define SEGMENT(n)                                                                                                   \
-    if (threadIdx.x == n)                                                                                            \
+    if (threadIdx.x == blockDim.x - 32 * (n + 1))                                                                      \
         segments[n] = {words##n, scale##n,     zero##n,   rows##n, bits##n,        group##n, left##n, left_scale##n, \
-                       left_zero##n, hidden##n, rank##n, factor_bits##n, first_tile##n, first_row##n, groups##n,     \
-                       groups_a_chunk##n};
+                       left_zero##n, hidden##n, hidden_parts##n, rank##n, factor_bits##n, first_tile##n,             \
+                       first_row##n, groups##n, groups_a_chunk##n};
 #define LATER(n) const char *later##n, int bytes##n
-#define AHEAD(n) read_ahead(later##n, bytes##n);
+#define AHEAD(n) \
+    if (lane == n) later = later##n, bytes = bytes##n;
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) matvec(
     const u16* x, int x_kind, int columns, void* y, int y_kind, int tiles,
     ARGUMENTS(0), ARGUMENTS(1), ARGUMENTS(2), ARGUMENTS(3),
     LATER(0), LATER(1), LATER(2), LATER(3), LATER(4), LATER(5), LATER(6), LATER(7), LATER(8), LATER(9), LATER(10), LATER(11)
 ) {
     __shared__ Segment segments[SEGMENTS];
-    __shared__ float parts[WARPS][ROUND * TILE + 1];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, units = (columns + UNIT - 1) / UNIT;
+    __shared__ float parts[WARPS][WARPS / 2 * TILE + 1];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    int all_units = (columns + UNIT - 1) / UNIT, first_unit = blockIdx.y * all_units / gridDim.y;
+    int units = (blockIdx.y + 1) * all_units / gridDim.y - first_unit;
     SEGMENT(0) SEGMENT(1) SEGMENT(2) SEGMENT(3)
-    share_inputs(x, x_kind, columns);
+    bool ranked = rank0 + rank1 + rank2 + rank3 > 0;
+    int blocks = gridDim.x, round = warps / 2, mine = threadIdx.x / 4;
+    share_inputs(x + first_unit * UNIT, x_kind, min(columns - first_unit * UNIT, units * UNIT));
     __syncthreads();
-    for (int first = blockIdx.x; first < tiles; first += ROUND * gridDim.x) {
-        int left = min(ROUND, (tiles - first + (int)gridDim.x - 1) / (int)gridDim.x);
+    for (int first = blockIdx.x; first < tiles; first += round * blocks) {
+        int left = min(round, (tiles - first + blocks - 1) / blocks);
+        bool last = first + round * blocks >= tiles;
         for (int i = lane; i < left * TILE; i += 32) parts[warp][i] = 0;
         __syncwarp();
         for (int k = warp / units, unit = warp % units; k < left;) {
-            int tile = first + k * gridDim.x;
+            int tile = first + k * blocks;
             float sum[2] = {};
-            add_unit(sum, segment_of(segments, tile), tile, unit, columns, lane);
+            add_unit(sum, segment_of(segments, tile), tile, first_unit + unit, first_unit, columns, lane);
             float half = lane % 2 ? sum[1] : sum[0];
             half += __shfl_xor_sync(ALL, lane % 2 ? sum[0] : sum[1], 1);
             half += __shfl_xor_sync(ALL, half, 2);
             if (lane % 4 < 2) parts[warp][k * TILE + lane % 2 * 8 + lane / 4] += half;
             __syncwarp();
-            for (unit += WARPS; unit >= units; unit -= units) k++;
+            for (unit += warps; unit >= units; unit -= units) k++;
         }
-        __syncthreads();
-        for (int i = threadIdx.x / 4; i < left * TILE; i += THREADS / 4) {
-            int tile = first + i / TILE * gridDim.x;
-            const Segment& segment = segment_of(segments, tile);
-            int row = (tile - segment.first_tile) * TILE + i % TILE;
-            bool real = row < segment.rows;
-            float total = 0;
-            for (int w = threadIdx.x % 4; w < WARPS; w += 4) total += parts[w][i];
-            if (real && segment.rank) total += low_rank(segment, row, threadIdx.x % 4);
-            total += __shfl_xor_sync(ALL, total, 1);
-            total += __shfl_xor_sync(ALL, total, 2);
-            if (!real || threadIdx.x % 4) continue;
-            int place = segment.first_row + row;
-            if (y_kind == FLOAT)
-                ((float*)y)[place] = total;
-            else
-                ((u16*)y)[place] = y_kind == BFLOAT16 ? to_bfloat16(total) : to_half(total);
+        if (warp == warps - 1 && last) {
+            const char* later = nullptr;
+            int bytes = 0;
+            AHEAD(0) AHEAD(1) AHEAD(2) AHEAD(3) AHEAD(4) AHEAD(5) AHEAD(6) AHEAD(7) AHEAD(8) AHEAD(9) AHEAD(10) AHEAD(11)
+            read_ahead(later, bytes);
         }
+        const Segment& segment = segment_of(segments, first + mine / TILE * blocks);
+        int row = (first + mine / TILE * blocks - segment.first_tile) * TILE + mine % TILE;
+        bool real = mine < left * TILE && row < segment.rows;
+        float total = ranked && real ? low_rank(segment, row, threadIdx.x % 4) : 0;
         __syncthreads();
+        for (int w = threadIdx.x % 4; real && w < warps; w += 4) total += parts[w][mine];
+        total += __shfl_xor_sync(ALL, total, 1);
+        total += __shfl_xor_sync(ALL, total, 2);
+        if (real && threadIdx.x % 4 == 0) store(y, y_kind, (segment.first_row + row) * gridDim.y + blockIdx.y, total);
+        if (!last) __syncthreads();
     }
-    if (threadIdx.x > 0) return;
-    AHEAD(0) AHEAD(1) AHEAD(2) AHEAD(3) AHEAD(4) AHEAD(5) AHEAD(6) AHEAD(7) AHEAD(8) AHEAD(9) AHEAD(10) AHEAD(11)
 }

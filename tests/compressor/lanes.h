@@ -13,7 +13,7 @@
 #define __constant__ static const
 #define __launch_bounds__(...)
 
-constexpr int LANES_OF_WARP = 32, MOST = 512;
+constexpr int LANES_OF_WARP = 32, MOST = 1024;
 
 struct Index {
     int x, y;
@@ -38,7 +38,7 @@ struct Lane {
 static Lane lanes[MOST];
 static ucontext_t outside;
 static Index threadIdx, blockIdx;
-static Index gridDim;
+static Index gridDim, blockDim;
 static unsigned posted[2][MOST], posted_factors[2][MOST][6];
 static int threads_of_block;
 
@@ -129,7 +129,7 @@ inline void start() {
 
 // Run `body`, a kernel with its arguments bound, by `threads` threads of every block.
 inline void launch(void (*kernel)(), int wide, int high, int threads) {
-    body = kernel, gridDim = {wide, high}, threads_of_block = threads;
+    body = kernel, gridDim = {wide, high}, blockDim = {threads, 1}, threads_of_block = threads;
     for (blockIdx.y = 0; blockIdx.y < high; blockIdx.y++)
         for (blockIdx.x = 0; blockIdx.x < wide; blockIdx.x++) {
             for (int i = 0; i < threads; i++) {

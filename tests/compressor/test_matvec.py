@@ -27,7 +27,7 @@ SEGMENT = [
     "const unsigned short*",
     "const unsigned char*",
     "const float*",
-    *["int"] * 6,
+    *["int"] * 7,
 ]
 TYPES = [
     *["const unsigned short*", "int", "int", "void*", "int", "int"],
@@ -107,6 +107,27 @@ def test_by_coroutines_more_tiles_than_the_blocks_add_up_at_once(
     (product_O,) = matvec_cuda.products(x_I, [layer.packed("weight")], torch.float32)
     assert launches == [63]
     assert relative_error(product_O, found.dense().double() @ x_I.double()) < 1e-4
+
+
+def test_by_coroutines_parts_add_up_to_the_product(normal: MakeTensor, launches: list[int]) -> None:
+    found, layer = layer_of(normal, 20, 1408, Option(4))
+    x_I, matrices = normal(1408, seed=1).bfloat16(), [layer.packed("weight")]
+    (whole_O,) = matvec_cuda.products(x_I, matrices, torch.float32)
+    for parts in (2, 4, 6, 8):
+        (part_Op,) = matvec_cuda.products_in_parts(x_I, matrices, torch.float32, parts)
+        assert part_Op.shape == (20, min(parts, 6)), "1408 columns are six units"
+        assert relative_error(part_Op.sum(dim=1), whole_O.double()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("tiles", "units"), [(256, 16), (384, 16), (1792, 16), (8016, 16), (256, 56), (1, 7)]
+)
+def test_few_warps_of_a_multiprocessor_are_idle(tiles: int, units: int) -> None:
+    blocks, warps = matvec_cuda.shape(tiles, units, 132)
+    for_one = -(-tiles // blocks) * units
+    turns = -(-for_one // warps)
+    assert blocks in (132, 264) and 24 <= warps * blocks // 132 <= 32
+    assert warps * turns * blocks // 132 <= 1.03 * -(-tiles // 132) * units or for_one < warps
 
 
 def test_by_coroutines_an_outlier_costs_its_neighbours_little(
