@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--train", type=Path, required=True, help="text that recovery trains on")
     parser.add_argument("--budgets", nargs="+", default=BUDGETS)
+    parser.add_argument("--tables", nargs="+", choices=("kept", "menu"), default=("kept", "menu"))
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--steps", type=int, default=RecoverySettings().steps)
     arguments = parser.parse_args()
@@ -78,7 +79,8 @@ def main() -> None:
         kept = plan_budget(profile, budget)
         offered = plan_budget(profile.with_tables, f"{kept.total_bytes}B")
         peer = interpolated_uniform_cost(points, kept.total_bytes)
-        for title, plan in (("tables kept", kept), ("tables on the menu", offered)):
+        for tables in arguments.tables:
+            title, plan = ("tables kept", kept) if tables == "kept" else ("tables on the menu", offered)
             before, after = carried_out(profile, plan, original, tokens_NT, arguments.train, arguments.steps)
             print(
                 f"  {budget:8} {plan.total_bytes:,} bytes, {title:18} {before:.4f}, recovered {after:.4f}:"
