@@ -1,11 +1,11 @@
 // One token times packed matrices that share it, y = Q·x + L·h: compiled by NVRTC, launched by `matvec_cuda.py`.
 //
 // The stored layout is `packing.py`'s. A launch has up to SEGMENTS matrices of as many columns, whose rows follow each
-// other in y. A tile is 16 rows of one, a unit 256 columns of a tile. A thread block, one or two on a multiprocessor, takes every
-// gridDim.x-th tile; its warps multiply units, one after the other, and meet when a round of tiles is done, so many that four
-// threads add up a row. While one
-// waits for memory others multiply. In the end what later launches read is asked for, so that memory does not rest between
-// them. Of few rows several thread blocks, gridDim.y, have a share of the columns each, and y has as many parts.
+// other in y. A tile is 16 rows of one, a unit 256 columns of a tile. A thread block, one or two on a multiprocessor,
+// takes every gridDim.x-th tile; its warps multiply units, one after the other, and meet when a round of tiles is done,
+// so many that four threads have a row to add up. While one waits for memory others multiply. In the end what later
+// launches read is asked for, so that memory does not rest between them. Of few rows several thread blocks, gridDim.y,
+// have a share of the columns each, and y has as many parts.
 //
 // The arithmetic is the tensor core's of 8-bit integers, and exact. x is rounded once to 16 bits of the largest in its
 // chunk of 64 columns, x = scale (256 high + low), and codes are what they are. In the product of 16 × 32 by 32 × 8, lane
@@ -22,7 +22,7 @@ typedef unsigned char u8;
 
 constexpr int WARPS = 32, SEGMENTS = 4;  // the most
 constexpr int RUN = 32, CHUNK = 64, UNIT = 4 * CHUNK, TILE = 16;
-constexpr int INPUTS = 36;  // words of shared memory for a chunk's x: 16 high, 16 low, scale, both runs' sums, one to spare
+constexpr int INPUTS = 36;  // words of shared memory for a chunk's x: 16 high, 16 low, scale, both runs' sums, one free
 constexpr int FLOAT = 0, BFLOAT16 = 1;
 constexpr u32 ALL = ~0u;
 
@@ -120,7 +120,8 @@ __device__ void share_inputs(const u16* x, int kind, int columns) {
             u32 first = __float_as_uint(fmaf(value[t], steps, TO_INTEGER));
             u32 second = __float_as_uint(fmaf(value[8 + t], steps, TO_INTEGER));
             sum += first + second - 2 * __float_as_uint(TO_INTEGER);
-            bytes[t] = __byte_perm(__byte_perm(first + 128, second + 128, 0x51), __byte_perm(first, second, 0x40), 0x5410);
+            u32 high = __byte_perm(first + 128, second + 128, 0x51), low = __byte_perm(first, second, 0x40);
+            bytes[t] = __byte_perm(high, low, 0x5410);
         }
         sum += __shfl_xor_sync(ALL, sum, 1);
         Four high, low;  // half of them, of the neighbour's columns too
@@ -285,9 +286,10 @@ __device__ void read_ahead(const char* from, int bytes) {
 #define ARGUMENTS(n)                                                                                                \
     const u32 *words##n, const u16 *scale##n, const u8 *zero##n, int rows##n, int bits##n, int group##n,            \
         const void *left##n, const u16 *left_scale##n, const u8 *left_zero##n, const float *hidden##n,              \
-        int hidden_parts##n, int rank##n, int factor_bits##n, int first_tile##n, int first_row##n, int groups##n, int groups_a_chunk##n
+        int hidden_parts##n, int rank##n, int factor_bits##n, int first_tile##n, int first_row##n, int groups##n,   \
+        int groups_a_chunk##n
 #define SEGMENT(n)                                                                                                   \
-    if (threadIdx.x == blockDim.x - 32 * (n + 1))                                                                      \
+    if (threadIdx.x == blockDim.x - 32 * (n + 1))                                                                    \
         segments[n] = {words##n, scale##n,     zero##n,   rows##n, bits##n,        group##n, left##n, left_scale##n, \
                        left_zero##n, hidden##n, hidden_parts##n, rank##n, factor_bits##n, first_tile##n,             \
                        first_row##n, groups##n, groups_a_chunk##n};
@@ -298,7 +300,8 @@ __device__ void read_ahead(const char* from, int bytes) {
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) matvec(
     const u16* x, int x_kind, int columns, void* y, int y_kind, int tiles,
     ARGUMENTS(0), ARGUMENTS(1), ARGUMENTS(2), ARGUMENTS(3),
-    LATER(0), LATER(1), LATER(2), LATER(3), LATER(4), LATER(5), LATER(6), LATER(7), LATER(8), LATER(9), LATER(10), LATER(11)
+    LATER(0), LATER(1), LATER(2), LATER(3), LATER(4), LATER(5),
+    LATER(6), LATER(7), LATER(8), LATER(9), LATER(10), LATER(11)
 ) {
     __shared__ Segment segments[SEGMENTS];
     __shared__ float parts[WARPS][WARPS / 2 * TILE + 1];
@@ -329,11 +332,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) matvec(
         if (warp == warps - 1 && last) {
             const char* later = nullptr;
             int bytes = 0;
-            AHEAD(0) AHEAD(1) AHEAD(2) AHEAD(3) AHEAD(4) AHEAD(5) AHEAD(6) AHEAD(7) AHEAD(8) AHEAD(9) AHEAD(10) AHEAD(11)
+            AHEAD(0) AHEAD(1) AHEAD(2) AHEAD(3) AHEAD(4) AHEAD(5)
+            AHEAD(6) AHEAD(7) AHEAD(8) AHEAD(9) AHEAD(10) AHEAD(11)
             read_ahead(later, bytes);
         }
-        const Segment& segment = segment_of(segments, first + mine / TILE * blocks);
-        int row = (first + mine / TILE * blocks - segment.first_tile) * TILE + mine % TILE;
+        int tile = first + mine / TILE * blocks;
+        const Segment& segment = segment_of(segments, tile);
+        int row = (tile - segment.first_tile) * TILE + mine % TILE;
         bool real = mine < left * TILE && row < segment.rows;
         float total = ranked && real ? low_rank(segment, row, threadIdx.x % 4) : 0;
         __syncthreads();
