@@ -260,6 +260,7 @@ def test_layers_without_the_kernel_are_no_siblings(normal: MakeTensor) -> None:
 
 def test_what_the_kernel_does_not_serve() -> None:
     assert matvec_cuda.serves(14336, 3, 64)
+    assert matvec_cuda.serves(29568, 3, 64), "the widest of Qwen2-72B"
     assert not matvec_cuda.serves(832, 3, 64), "rows begin at places that loads of 16 bytes do not fit"
     assert not matvec_cuda.serves(1024, 3, 48)
     assert not matvec_cuda.serves(2**16, 3, 64), "x does not fit"
