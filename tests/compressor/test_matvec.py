@@ -110,7 +110,7 @@ def test_by_coroutines_more_tiles_than_the_blocks_add_up_at_once(
 
 
 def test_by_coroutines_parts_add_up_to_the_product(normal: MakeTensor, launches: list[int]) -> None:
-    found, layer = layer_of(normal, 20, 1408, Option(4))
+    _, layer = layer_of(normal, 20, 1408, Option(4))
     x_I, matrices = normal(1408, seed=1).bfloat16(), [layer.packed("weight")]
     (whole_O,) = matvec_cuda.products(x_I, matrices, torch.float32)
     for parts in (2, 4, 6, 8):
