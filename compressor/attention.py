@@ -33,8 +33,13 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """(B, T, H, D), as every attention of transformers; probabilities are found in float32.
 
-    mask: True where a place is seen, the same for all heads, (B, 1, T, S).
+    mask: True where a place is seen, the same for all heads, (B, 1, T, S). Raises `ValueError` for a model with sinks,
+    which `sdpa` would leave out.
     """
+    if keywords.get("s_aux") is not None:
+        raise ValueError(
+            'grouped attention has no attention sinks; load the model with attn_implementation="eager"'
+        )
     if not _fits(query_BHTD, mask, keywords):
         return sdpa_attention_forward(
             module, query_BHTD, key_BKSD, value_BKSD, mask, scaling=scaling, **keywords

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from compressor.attention import NAME
 
@@ -52,6 +52,24 @@ def test_logits_are_those_of_sdpa(model: LlamaForCausalLM, static: bool, padding
     mask_BT[0, :padding] = 0
     expected, found = (decoded(model, name, tokens_BT, mask_BT, static) for name in ("sdpa", NAME))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_model_with_attention_sinks_is_refused(tokens: int) -> None:
+    config = GptOssConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=2,
+        vocab_size=32,
+        layer_types=["full_attention"],
+        attn_implementation=NAME,
+    )
+    with pytest.raises(ValueError, match="sinks"):
+        GptOssForCausalLM(config)(torch.arange(tokens)[None])
 
 
 def test_no_place_that_is_masked_counts(model: LlamaForCausalLM) -> None:
