@@ -29,18 +29,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 
 import torch
 from torch import Tensor
 
 from allocator.errors import BitrankError
-from allocator.storage import KEEP_BITS, Option
+from allocator.storage import KEEP_BITS, Option, ceil_div
 from compressor.descent import descended
-from compressor.gptq import SingularHessianError, gptq, inverse_factor
+from compressor.gptq import SingularHessianError, gptq, inverse_factor, rounded
 from compressor.grid import Quantized, group_ranges, grouped
 from compressor.incoherence import restored, rotated, rotation
 from compressor.lowrank import (
     Factors,
+    Fit,
+    Root,
     dense,
     factorize,
     leading_directions,
@@ -50,7 +53,8 @@ from compressor.lowrank import (
     stacked,
     through,
 )
-from compressor.precision import Operand, tensor_cores
+from compressor.precision import ROOM, Operand, largest_of, tensor_cores
+from compressor.residual import put_columns, residual, squared_distances
 
 ROUNDS = 4
 LEAST_GAIN = 0.01
@@ -79,13 +83,13 @@ class Curvature:
         return cls(hessian_II.float(), square_root(hessian_II), inverse_factor(hessian_II))
 
     @cached_property
-    def root(self) -> Operand:
+    def root(self) -> Root:
         """S as a factor of products."""
-        return Operand.of(self.root_II)
+        return Root.of(self.root_II)
 
-    def squared_norm(self, delta_OI: Tensor) -> Tensor:
+    def squared_norm(self, delta: Operand) -> Tensor:
         """‖ΔS‖² = tr(Δ H Δᵀ): the squared output error of all rows, per token."""
-        return _squared_norm(through(delta_OI, self.root))
+        return through(delta, self.root).squared_norm()
 
     @cached_property
     def rotated(self) -> Curvature:
@@ -97,14 +101,26 @@ class Curvature:
 
         None where R takes less than `LEAST_ABSORBED` of the trace, or leaves nothing that can be factored.
         """
-        reach_Ir = self.root_II @ orthonormal(through(right_rI, self.root).T[None])[0]
-        if reach_Ir.square().sum() < LEAST_ABSORBED * self.hessian_II.diagonal().sum():
+        if not self.absorbed([right_rI])[0]:
             return None
+        reach_Ir = self.root_II @ self._orthonormal([right_rI])[0]
         hessian_II = self.hessian_II - reach_Ir @ reach_Ir.T
         hessian_II.diagonal().clamp_(min=0)
         with suppress(SingularHessianError):
             return replace(self, hessian_II=hessian_II, factor_II=inverse_factor(hessian_II))
         return None
+
+    def absorbed(self, rights: Sequence[Tensor]) -> list[bool]:
+        """Whether each R (r, I), all of one rank, takes `LEAST_ABSORBED` of the trace."""
+        with tensor_cores():
+            reach_PIr = self.root_II @ self._orthonormal(rights)
+        share_P = reach_PIr.square().sum(dim=(1, 2)) / self.hessian_II.diagonal().sum()
+        return (share_P >= LEAST_ABSORBED).tolist()
+
+    def _orthonormal(self, rights: Sequence[Tensor]) -> Tensor:
+        """(P, I, r): bases of the columns of (RS)ᵀ."""
+        weighted = through(Operand.of(torch.cat(tuple(rights))), self.root)
+        return orthonormal(weighted.dense().unflatten(0, (len(rights), -1)).mT)
 
     def pivots(self) -> Tensor:
         """d (I,): H = L diag(d) Lᵀ with unit triangular L; what an error costs after later columns made it good."""
@@ -126,6 +142,15 @@ class Decomposition:
             return whole_OI
         return restored(whole_OI, rotation(whole_OI.shape[1], whole_OI.device))
 
+    def residual(self, w_OI: Tensor, largest: float) -> Operand:
+        """W − Q − L·R as a factor of products; W (O, I) and its largest magnitude are what this was made of."""
+        if self.quantized is None or self.option.rotated:
+            return Operand.of(w_OI - self.dense())
+        rest_OI = w_OI
+        if self.factors is not None:
+            rest_OI = _rest(w_OI, dense(self.factors.left_rO), dense(self.factors.right_rI))
+        return residual(rest_OI, self.quantized, largest * ROOM)
+
     def _whole(self) -> Tensor:
         if self.quantized is None:
             assert self.factors is not None
@@ -134,10 +159,6 @@ class Decomposition:
         if self.factors is None:
             return q_OI
         return torch.addmm(q_OI.T, dense(self.factors.right_rI).T, dense(self.factors.left_rO)).T
-
-
-def _squared_norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x).square()
 
 
 def _turned(w_OI: Tensor) -> Tensor:
@@ -155,6 +176,11 @@ def row_errors(w_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor) -> Te
 def squared_error(w_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor) -> float:
     """tr(ΔW H ΔWᵀ): the squared output error of all rows, per token."""
     return row_errors(w_OI, approximation_OI, hessian_II).sum().item()
+
+
+def by_column(w_OI: Tensor) -> Tensor:
+    """W in memory column by column."""
+    return w_OI.T.contiguous().T
 
 
 def decompose(
@@ -175,9 +201,9 @@ def decompose(
     assert all(option.heads == 1 or option.bits == 0 for option in options)
     for option in options:
         _check_rank(rows, columns, option)
-    by_column = {id(w_OI): w_OI.T.contiguous().T for w_OI in weights}
+    of_weight = {id(w_OI): (by_column(w_OI), largest_of(w_OI)) for w_OI in weights}
     problems = [
-        _Problem(p, by_column[id(w_OI)], option)
+        _Problem(p, *of_weight[id(w_OI)], option)
         for p, (w_OI, option) in enumerate(zip(weights, options, strict=True))
     ]
     batch = max(1, elements // (rows * columns))
@@ -203,7 +229,7 @@ def _solved(
         for problem, better in zip(chunk, _descended_of(chunk, quantized, curvature), strict=True):
             yield problem.place, Decomposition(problem.option, better, None)
     for problem in low_rank:
-        yield problem.place, Decomposition(problem.option, None, starts.part(problem).factors)
+        yield problem.place, Decomposition(problem.option, None, starts.part(problem).fit.factors)
     for problem in head_wise:
         yield problem.place, Decomposition(problem.option, None, _of_heads(problem, curvature))
     for chunk in _batches(mixed, batch):
@@ -224,16 +250,18 @@ def _check_rank(rows: int, columns: int, option: Option) -> None:
 
 
 _Start = tuple[int, int, int]
+_Cut = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
-    """One matrix (O, I) under one option; `place` is where the caller put it.
+    """One matrix (O, I), its largest magnitude, and one option; `place` is where the caller put it.
 
     Matrices lie in memory column by column, as GPTQ and descent work on them."""
 
     place: int
     weight_OI: Tensor
+    largest: float
     option: Option
 
     @property
@@ -242,8 +270,15 @@ class _Problem:
         return id(self.weight_OI), self.option.bits, self.option.group_size
 
 
-def _batches(problems: Sequence[_Problem], size: int) -> Iterator[Sequence[_Problem]]:
-    return (problems[first : first + size] for first in range(0, len(problems), size))
+def _cut_of(problem: _Problem) -> _Cut:
+    """What the best low-rank part of W depends on."""
+    return id(problem.weight_OI), problem.option.rank, problem.option.factor_bits
+
+
+def _batches(problems: Sequence[_Problem], most: int) -> Iterator[Sequence[_Problem]]:
+    """As few as may be, and none much smaller than another."""
+    size = ceil_div(len(problems), max(1, ceil_div(len(problems), most)))
+    return (problems[first : first + size] for first in range(0, len(problems), max(1, size)))
 
 
 def _quantized_of(problems: Sequence[_Problem], curvature: Curvature) -> list[Quantized]:
@@ -255,7 +290,8 @@ def _descended_of(
     problems: Sequence[_Problem], quantized: Sequence[Quantized], curvature: Curvature
 ) -> list[Quantized]:
     """Q of W with better codes."""
-    return descended([p.weight_OI for p in problems], quantized, curvature.hessian_II)
+    largest = max(problem.largest for problem in problems)
+    return descended([p.weight_OI for p in problems], quantized, curvature.hessian_II, largest=largest)
 
 
 def _gptq(targets: Sequence[Tensor], problems: Sequence[_Problem], curvature: Curvature) -> list[Quantized]:
@@ -283,8 +319,7 @@ def _alternate(
         _refit(again, curvature)
         _requantize(again, curvature)
         _consider(again, curvature)
-    for search in searches:
-        _absorb(search, curvature)
+    _absorb(searches, curvature)
     _polish(searches, curvature)
     return searches
 
@@ -292,9 +327,11 @@ def _alternate(
 def _of_heads(problem: _Problem, curvature: Curvature) -> Factors:
     """The best low-rank part of every head's rows of W, each as a matrix of its own."""
     w_OI, option = problem.weight_OI, problem.option
-    weighted_HOI = through(w_OI, curvature.root).unflatten(0, (option.heads, -1))
-    direction_HOr = leading_directions(weighted_HOI, option.rank)
-    blocks = w_OI.chunk(option.heads)
+    whole, height = Operand.of(w_OI), len(w_OI) // option.heads
+    weighted = through(whole, curvature.root)
+    rows_of = [slice(first, first + height) for first in range(0, len(w_OI), height)]
+    direction_HOr = leading_directions([weighted[rows] for rows in rows_of], option.rank)
+    blocks = [whole[rows] for rows in rows_of]
     left_rO, right_rI = stacked(blocks, list(direction_HOr), curvature.factor_II, option.factor_bits)
     return Factors(left_rO, right_rI, option.heads)
 
@@ -303,7 +340,7 @@ def _of_heads(problem: _Problem, curvature: Curvature) -> Factors:
 class _Part:
     """Factors found along orthonormal directions (O, r)."""
 
-    factors: Factors
+    fit: Fit
     direction_Or: Tensor
 
 
@@ -311,12 +348,13 @@ class _Starts:
     """Where searches start, each found once: Q of W and its leading directions, and W's best low-rank parts."""
 
     def __init__(self, curvature: Curvature, problems: Sequence[_Problem]) -> None:
-        self.curvature = curvature
+        self.curvature, self.problems = curvature, problems
         self.largest = max((problem.option.rank for problem in problems), default=0)
         self.wanted = {problem.start for problem in problems}
         self.quantized: dict[_Start, Quantized] = {}
         self.directions: dict[_Start, Tensor] = {}
-        self.parts: dict[tuple[int, int, int], _Part] = {}
+        self.parts: dict[_Cut, _Part] = {}
+        self.range_sums: dict[tuple[_Cut, int], Tensor] = {}
 
     def offer(self, problems: Sequence[_Problem], quantized: Sequence[Quantized]) -> None:
         """Q of W, which a search may start from."""
@@ -337,32 +375,62 @@ class _Starts:
         searches = [_Search(problem) for problem in problems]
         first: dict[_Start, _Search] = {}
         for search in searches:
+            if search.problem.start not in first:
+                first[search.problem.start] = search
+                self._stand(search)
+        self._lead({start: search.weighted for start, search in first.items()})
+        for search in searches:
             start = search.problem.start
-            if start not in first:
-                first[start] = search
-                search.stand_on(self.quantized[start], self.curvature)
-                search.plain_error = _squared_norm(search.weighted_OI)
-                search.plain_ranges = search.ranges(search.problem.weight_OI, self.curvature)
-            if start not in self.directions:
-                self.directions[start] = self._leading(search.weighted_OI)
             search.stand_like(first[start])
             search.direction_Or = self.directions[start][:, : search.option.rank]
         return searches
 
+    def _stand(self, search: _Search) -> None:
+        """On Q of W."""
+        search.stand_on(self.quantized[search.problem.start], self.curvature)
+        search.plain_error = search.weighted.squared_norm()
+        search.plain_sums_G = self.plain_sums(search.problem)
+        search.plain_ranges = search.ranges(search.plain_sums_G, self.curvature)
+
+    def _lead(self, weighted: dict[_Start, Operand]) -> None:
+        """Find leading directions that are not known yet."""
+        missing = [start for start in weighted if start not in self.directions]
+        if missing:
+            found = leading_directions([weighted[start] for start in missing], self.largest)
+            self.directions |= dict(zip(missing, found, strict=True))
+
     def part(self, problem: _Problem) -> _Part:
         """The best low-rank part of W."""
-        w_OI, option = problem.weight_OI, problem.option
-        whole, cut = (id(w_OI), 0, 0), (id(w_OI), option.rank, option.factor_bits)
-        if whole not in self.directions:
-            self.directions[whole] = self._leading(through(w_OI, self.curvature.root))
-        if cut not in self.parts:
-            direction_Or = self.directions[whole][:, : option.rank]
-            (factors,) = factorize([w_OI], [direction_Or], self.curvature.factor_II, option.factor_bits)
-            self.parts[cut] = _Part(factors, direction_Or)
-        return self.parts[cut]
+        if not self.parts:
+            for bits in sorted({p.option.factor_bits for p in self.problems}):
+                self._find_parts({_cut_of(p): p for p in self.problems if p.option.factor_bits == bits}, bits)
+        return self.parts[_cut_of(problem)]
 
-    def _leading(self, weighted_OI: Tensor) -> Tensor:
-        return leading_directions(weighted_OI[None], self.largest)[0]
+    def _find_parts(self, problem_of: dict[_Cut, _Problem], bits: int) -> None:
+        """All of one width of factors at once."""
+        whole = {(id(p.weight_OI), 0, 0): Operand.of(p.weight_OI, p.largest) for p in problem_of.values()}
+        self._lead({start: through(w, self.curvature.root) for start, w in whole.items()})
+        starts = [(id(p.weight_OI), 0, 0) for p in problem_of.values()]
+        ranks = [p.option.rank for p in problem_of.values()]
+        directions = [self.directions[s][:, :rank] for s, rank in zip(starts, ranks, strict=True)]
+        found = factorize([whole[s] for s in starts], directions, self.curvature.factor_II, bits)
+        self.parts |= dict(zip(problem_of, map(_Part, found, directions), strict=True))
+
+    def plain_sums(self, problem: _Problem) -> Tensor:
+        """`range_sums` of W."""
+        key = (id(problem.weight_OI), 0, 0), problem.option.group_size
+        if key not in self.range_sums:
+            self.range_sums[key] = range_sums(problem.weight_OI, problem.option.group_size)
+        return self.range_sums[key]
+
+    def sums_left(self, problem: _Problem) -> Tensor:
+        """`range_sums` of what W's best low-rank part leaves."""
+        key = _cut_of(problem), problem.option.group_size
+        if key not in self.range_sums:
+            fit = self.part(problem).fit
+            rest_OI = _rest(problem.weight_OI, fit.left_rO, fit.right_rI)
+            self.range_sums[key] = range_sums(rest_OI, problem.option.group_size)
+        return self.range_sums[key]
 
 
 class _Search:
@@ -376,59 +444,73 @@ class _Search:
 
     def stand_on(self, quantized: Quantized, curvature: Curvature) -> None:
         self.quantized = quantized
-        self.residual_OI = self.problem.weight_OI - quantized.dequantize()
-        self.weighted_OI = through(self.residual_OI, curvature.root)
+        self.residual = residual(self.problem.weight_OI, quantized, self.problem.largest * ROOM)
+        self.weighted = through(self.residual, curvature.root)
 
     def stand_like(self, other: _Search) -> None:
-        self.quantized, self.residual_OI = other.quantized, other.residual_OI
-        self.weighted_OI = other.weighted_OI
+        self.quantized, self.residual, self.weighted = other.quantized, other.residual, other.weighted
         self.plain_error, self.plain_ranges = other.plain_error, other.plain_ranges
+        self.plain_sums_G = other.plain_sums_G
 
-    def measured(self, weighted_right_rI: Tensor) -> Tensor:
-        """‖(W − Q)S − L(RS)‖²."""
-        left_rO = dense(self.factors.left_rO)
+    def low_rank(self, weighted_right_rI: Tensor) -> Tensor:
+        """L(RS), (I, O)."""
         with tensor_cores():
-            return _squared_norm(torch.addmm(self.weighted_OI.T, weighted_right_rI.T, left_rO, alpha=-1))
+            return weighted_right_rI.T @ self.fit.left_rO
 
-    @property
-    def best_factors(self) -> Factors:
-        assert self.best.factors is not None
-        return self.best.factors
+    def foretold(self, sums_G: Tensor, curvature: Curvature) -> Tensor:
+        """Error that Q of a matrix of these `range_sums` is to leave under another H, from what Q of W left."""
+        return self.plain_error * self.ranges(sums_G, curvature) / self.plain_ranges
 
-    def foretold(self, target_OI: Tensor, curvature: Curvature) -> Tensor:
-        """Error that Q of another matrix is to leave under another H, by ranges and pivots, from what Q of W left."""
-        return self.plain_error * self.ranges(target_OI, curvature) / self.plain_ranges
-
-    def ranges(self, w_OI: Tensor, curvature: Curvature) -> Tensor:
+    def ranges(self, sums_G: Tensor, curvature: Curvature) -> Tensor:
         """The squared ranges of all groups, each times the pivots of its columns."""
-        pivot_1G = grouped(curvature.pivots()[None], self.option.group_size).sum(dim=2)
-        return (group_ranges(w_OI, self.option.group_size).square_() * pivot_1G).sum()
+        return sums_G @ grouped(curvature.pivots()[None], self.option.group_size).sum(dim=2)[0]
+
+
+def range_sums(w_OI: Tensor, group_size: int) -> Tensor:
+    """(G,): of every group of columns, the squared ranges of all rows."""
+    return group_ranges(w_OI, group_size).square_().sum(dim=0)
 
 
 def _restarted(searches: Sequence[_Search], starts: _Starts, curvature: Curvature) -> list[_Search]:
     """Searches where Q of W − LR, L·R the best low-rank part of W, may leave the least error; they take up that L·R."""
-    foretold = torch.stack(
-        [s.foretold(_rest(s.problem, starts.part(s.problem).factors), curvature) for s in searches]
-    )
+    foretold = torch.stack([s.foretold(starts.sums_left(s.problem), curvature) for s in searches])
     again = []
     for search, error in zip(searches, foretold.tolist(), strict=True):
         if error < worth_trying(search.option.bits) * search.least:
             part = starts.part(search.problem)
-            search.factors, search.direction_Or = part.factors, part.direction_Or
+            search.fit, search.direction_Or = part.fit, part.direction_Or
             again.append(search)
     return again
 
 
-def _absorb(search: _Search, curvature: Curvature) -> None:
+def _absorb(searches: Sequence[_Search], curvature: Curvature) -> None:
     """The third start: Q of W under H down-dated by R, then factors of what that left, and once more with the new R."""
     for _ in range(ABSORBING_ROUNDS):
-        w_OI, rest = search.problem.weight_OI, curvature.without(dense(search.best_factors.right_rI))
-        if rest is None or search.foretold(w_OI, rest).item() > WORTH_ABSORBING * search.least:
-            return
-        (quantized,) = _gptq([w_OI], [search.problem], rest)
-        search.stand_on(quantized, curvature)
-        search.direction_Or = leading_directions(search.weighted_OI[None], search.option.rank)[0]
-        _refit([search], curvature)
+        searches = [s for s in _absorbing(searches, curvature) if _absorbed(s, curvature)]
+
+
+def _absorbing(searches: Sequence[_Search], curvature: Curvature) -> Iterator[_Search]:
+    """Those whose R takes enough of H."""
+    for members in _by_rank(searches):
+        rights = [search.best_fit.right_rI for search in members]
+        yield from compress(members, curvature.absorbed(rights))
+
+
+def _absorbed(search: _Search, curvature: Curvature) -> bool:
+    """Whether the third start promises something; then it is taken."""
+    rest = curvature.without(search.best_fit.right_rI)
+    if rest is None or search.foretold(search.plain_sums_G, rest).item() > WORTH_ABSORBING * search.least:
+        return False
+    (quantized,) = _gptq([search.problem.weight_OI], [search.problem], rest)
+    search.stand_on(quantized, curvature)
+    search.direction_Or = leading_directions([search.weighted], search.option.rank)[0]
+    _refit([search], curvature)
+    return True
+
+
+def _by_rank(searches: Sequence[_Search]) -> Iterator[list[_Search]]:
+    for rank in sorted({search.option.rank for search in searches}):
+        yield [search for search in searches if search.option.rank == rank]
 
 
 def worth_trying(bits: int) -> float:
@@ -440,59 +522,66 @@ def _refit(searches: Sequence[_Search], curvature: Curvature) -> None:
     """Factors of W − Q along the present directions."""
     for bits in sorted({s.option.factor_bits for s in searches}):
         members = [s for s in searches if s.option.factor_bits == bits]
-        residuals, directions = [s.residual_OI for s in members], [s.direction_Or for s in members]
+        residuals, directions = [s.residual for s in members], [s.direction_Or for s in members]
         found = factorize(residuals, directions, curvature.factor_II, bits)
-        for search, factors in zip(members, found, strict=True):
-            search.factors = factors
+        for search, fit in zip(members, found, strict=True):
+            search.fit = fit
     before = [search.error for search in searches]
     _consider(searches, curvature)
     for search, error in zip(searches, before, strict=True):
         search.gained = search.error < error * (1 - LEAST_GAIN)
 
 
-def _rest(problem: _Problem, factors: Factors) -> Tensor:
-    """W − LR."""
+def _rest(w_OI: Tensor, left_rO: Tensor, right_rI: Tensor) -> Tensor:
+    """W − LR (O, I), in memory column by column."""
     with tensor_cores():
-        return torch.addmm(problem.weight_OI.T, dense(factors.right_rI).T, dense(factors.left_rO), alpha=-1).T
+        return torch.addmm(w_OI.T, right_rI.T, left_rO, alpha=-1).T
 
 
 def _requantize(searches: Sequence[_Search], curvature: Curvature) -> None:
     """Q of W − LR."""
-    problems = [s.problem for s in searches]
-    rests = [_rest(s.problem, s.factors) for s in searches]
-    for search, quantized in zip(searches, _gptq(rests, problems, curvature), strict=True):
+    weight_OI = searches[0].problem.weight_OI
+    rest_IR = weight_OI.new_empty(weight_OI.shape[1], len(searches) * len(weight_OI))
+    for search, rest_IO in zip(searches, rest_IR.split(len(weight_OI), dim=1), strict=True):
+        put_columns(rest_IO, search.problem.weight_OI.T)
+        with tensor_cores():
+            rest_IO.addmm_(search.fit.right_rI.T, search.fit.left_rO, alpha=-1)
+    options = [search.option for search in searches]
+    bits, group_sizes = [o.bits for o in options], [o.group_size for o in options]
+    largest = max(search.problem.largest for search in searches)
+    found = rounded(rest_IR, largest, curvature.factor_II, bits, group_sizes)
+    del rest_IR
+    for search, quantized in zip(searches, found, strict=True):
         search.stand_on(quantized, curvature)
 
 
 def _polish(searches: Sequence[_Search], curvature: Curvature) -> None:
     """Better codes for the best Q, its factors as they are."""
-    rests, quantized = [], []
-    for search in searches:
-        assert search.best.quantized is not None and search.best.factors is not None
-        rests.append(_rest(search.problem, search.best.factors))
-        quantized.append(search.best.quantized)
-    for search, better in zip(searches, descended(rests, quantized, curvature.hessian_II), strict=True):
+    quantized = [search.best.quantized for search in searches if search.best.quantized is not None]
+    rests = [_rest(s.problem.weight_OI, s.best_fit.left_rO, s.best_fit.right_rI) for s in searches]
+    largest = max(search.problem.largest for search in searches)
+    polished = descended(rests, quantized, curvature.hessian_II, largest=largest)
+    for search, better in zip(searches, polished, strict=True):
         search.best = replace(search.best, quantized=better)
 
 
 def _sharpen(searches: Sequence[_Search]) -> None:
     """Directions a step nearer to the leading ones of (W − Q)S: the last round's are near already."""
-    for rank in sorted({s.option.rank for s in searches}):
-        members = [s for s in searches if s.option.rank == rank]
-        weighted_POI = torch.stack([s.weighted_OI for s in members])
-        direction_POr = sharpened(weighted_POI, torch.stack([s.direction_Or for s in members]))
-        for search, direction_Or in zip(members, direction_POr, strict=True):
+    for members in _by_rank(searches):
+        direction_POr = torch.stack([search.direction_Or for search in members])
+        found = sharpened([search.weighted for search in members], direction_POr)
+        for search, direction_Or in zip(members, found, strict=True):
             search.direction_Or = direction_Or
 
 
 def _consider(searches: Sequence[_Search], curvature: Curvature) -> None:
     """Measure where they stand, and keep what is the best so far."""
-    rights = [dense(search.factors.right_rI) for search in searches]
-    weighted_RI = through(torch.cat(rights), curvature.root)
-    parts = zip(searches, weighted_RI.split([len(right) for right in rights]), strict=True)
-    errors = torch.stack([search.measured(weighted_rI) for search, weighted_rI in parts]).tolist()
-    for search, error in zip(searches, errors, strict=True):
+    rights = [search.fit.right_rI for search in searches]
+    weighted_RI = through(Operand.of(torch.cat(rights)), curvature.root).dense()
+    parts = zip(searches, weighted_RI.split(list(map(len, rights))), strict=True)
+    errors = squared_distances((search.weighted.T, search.low_rank(part_rI)) for search, part_rI in parts)
+    for search, error in zip(searches, errors.tolist(), strict=True):
         search.error = error
         if error < search.least:
-            search.least = error
-            search.best = Decomposition(search.option, search.quantized, search.factors)
+            search.least, search.best_fit = error, search.fit
+            search.best = Decomposition(search.option, search.quantized, search.fit.factors)

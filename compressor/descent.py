@@ -33,6 +33,7 @@ from allocator.storage import ceil_div
 from compressor.gptq import FUSED, LEAF, damped_diagonal, in_halves, maximum_codes
 from compressor.grid import Quantized
 from compressor.precision import ROOM, Operand, largest_of, product, subtract_product
+from compressor.residual import put_residual
 
 PASSES = 2
 TINY = 1e-30
@@ -43,14 +44,18 @@ def descended(
     quantized: Sequence[Quantized],
     hessian_II: Tensor,
     passes: int = PASSES,
+    largest: float | None = None,
 ) -> list[Quantized]:
     """Better codes and scales: no row's error under the damped H grows.
 
-    P weights (O, I) and H (I, I) float32; every quantized matrix (O, I), in groups of 32, 64 or 128.
+    P weights (O, I) and H (I, I) float32; every quantized matrix (O, I), in groups of 32, 64 or 128. No weight is much
+    above `largest` in magnitude; it need not be given.
     """
     problems, rows = len(weights), len(weights[0])
+    if largest is None:
+        largest = largest_of(*weights) if hessian_II.is_cuda else 0.0
     order = sorted(range(problems), key=lambda p: quantized[p].group_size)
-    state = _State.of([weights[p] for p in order], [quantized[p] for p in order], hessian_II)
+    state = _State.of([weights[p] for p in order], [quantized[p] for p in order], hessian_II, largest)
     for later in range(passes):
         _pass_over(state, later + 1 < passes)
     codes = state.code_IR.split(rows, dim=1)
@@ -81,13 +86,17 @@ class _State:
     maximum_P: Tensor
 
     @classmethod
-    def of(cls, weights: Sequence[Tensor], quantized: Sequence[Quantized], hessian_II: Tensor) -> _State:
-        pairs = zip(weights, quantized, strict=True)
-        error_IR = torch.cat([(w_OI - q.dequantize()).T for w_OI, q in pairs], dim=1)
-        slots = ceil_div(len(error_IR), LEAF)
+    def of(
+        cls, weights: Sequence[Tensor], quantized: Sequence[Quantized], hessian_II: Tensor, largest: float
+    ) -> _State:
+        rows, columns = weights[0].shape
+        change_IR = Operand.empty(columns, rows * len(weights), hessian_II.device, largest * ROOM)
+        for p, (w_OI, q) in enumerate(zip(weights, quantized, strict=True)):
+            put_residual(change_IR[:, p * rows : (p + 1) * rows], w_OI, q)
+        slots = ceil_div(columns, LEAF)
         damped_II = hessian_II.clone()
         damped_II.diagonal().copy_(damped_diagonal(hessian_II))
-        operand_II, change_IR = Operand.of(damped_II), Operand.of(error_IR, largest_of(error_IR) * ROOM)
+        operand_II = Operand.of(damped_II)
         return cls(
             product(operand_II, change_IR),
             change_IR,
@@ -97,7 +106,7 @@ class _State:
             tuple(q.group_size for q in quantized),
             operand_II,
             damped_II,
-            maximum_codes(tuple(q.bits for q in quantized), error_IR.device),
+            maximum_codes(tuple(q.bits for q in quantized), hessian_II.device),
         )
 
     def spread(self, onto: slice, source: slice) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from allocator.errors import BitrankError
 from allocator.storage import ceil_div
 from compressor.grid import Grid, Quantized, grouped, search_grid
-from compressor.precision import ROOM, Operand, subtract_product
+from compressor.precision import ROOM, Operand, largest_of, subtract_product
 
 LEAF = 32
 """Columns rounded one by one between two matrix products; every group size is a multiple."""
@@ -87,8 +87,16 @@ def gptq(
     of 32; the last group of a row may be short. A compiled kernel takes 128 columns at a time, where there is one; its
     sums run in another order, so that codes agree up to rounding.
     """
-    problems, rows = len(weights), len(weights[0])
-    state = _State.of(weights, factor_II, bits, group_sizes)
+    w_IR = torch.cat([w_OI.T for w_OI in weights], dim=1)
+    return rounded(w_IR, largest_of(w_IR) if w_IR.is_cuda else 0.0, factor_II, bits, group_sizes)
+
+
+def rounded(
+    w_IR: Tensor, largest: float, factor_II: Tensor, bits: Sequence[int], group_sizes: Sequence[int]
+) -> list[Quantized]:
+    """As `gptq`, of the transposes of weights beside each other, which are used up; none is much above `largest`."""
+    problems, rows = len(bits), w_IR.shape[1] // len(bits)
+    state = _State.of(w_IR, largest, factor_II, bits, group_sizes)
     round_block = _compiled(state)
     in_halves(round_block or _Leaf(state), state.spread, FUSED if round_block else LEAF, 0, len(state.w_IR))
     scale_SPO = state.scale_SR.view(-1, problems, rows)
@@ -132,22 +140,22 @@ class _State:
     @classmethod
     def of(
         cls,
-        weights: Sequence[Tensor] | Tensor,
+        w_IR: Tensor,
+        largest: float,
         factor_II: Tensor,
         bits: Sequence[int],
         group_sizes: Sequence[int],
     ) -> _State:
-        w_IR = torch.cat([w_OI.T for w_OI in weights], dim=1)
         scale_SR = w_IR.new_empty(ceil_div(len(w_IR), LEAF), w_IR.shape[1])
-        largest, error = _bounds(w_IR, factor_II)
+        entry, diagonal = _bounds(factor_II)
         return cls(
             w_IR,
-            Operand.empty_like(w_IR, error * ROOM),
+            Operand.empty(*w_IR.shape, w_IR.device, largest / diagonal * ROOM),
             torch.empty_like(w_IR, dtype=torch.uint8),
             scale_SR,
             torch.empty_like(scale_SR),
             factor_II,
-            Operand.of(factor_II, largest),
+            Operand.of(factor_II, entry),
             maximum_codes(tuple(bits), w_IR.device),
             tuple(group_sizes),
         )
@@ -158,13 +166,13 @@ class _State:
         subtract_product(self.w_IR[middle:end], spread_II, self.error_IR[start:middle])
 
 
-def _bounds(w_IR: Tensor, factor_II: Tensor) -> tuple[float, float]:
-    """Largest of the factor, and what an error over its diagonal may be at first, when a weight is rounded to 0."""
-    if w_IR.device.type != "cuda":
-        return 0.0, 0.0
-    entry, weight = (torch.stack(x.aminmax()).abs().amax() for x in (factor_II, w_IR))
-    largest, error = torch.stack([entry, weight / factor_II.diagonal().amin()]).tolist()
-    return largest, error
+def _bounds(factor_II: Tensor) -> tuple[float, float]:
+    """Its largest entry, and the least of its diagonal, over which errors are spread."""
+    if not factor_II.is_cuda:
+        return 0.0, 1.0
+    low, high = factor_II.aminmax()
+    low, high, diagonal = torch.stack([low, high, factor_II.diagonal().amin()]).tolist()
+    return max(-low, high), diagonal
 
 
 @cache

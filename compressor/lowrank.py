@@ -16,7 +16,7 @@ as an error in Q does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,13 +27,17 @@ from torch import Tensor
 from allocator.storage import FACTOR_GROUP_SIZE, KEEP_BITS, ceil_div
 from compressor.gptq import DAMPING, SingularHessianError, cholesky, gptq, round_to_nearest
 from compressor.grid import Quantized
-from compressor.precision import Operand, tensor_cores
+from compressor.precision import LARGEST, Operand, put_product, tensor_cores
 from compressor.precision import product as product_of
 
 OVERSAMPLING = 8
 ITERATIONS = 2
 ROOT_DAMPING = (1e-8, 1e-6, 1e-4)
 TRIANGLE_BLOCKS = 4
+FARTHEST = 16.0
+"""No normal number is larger."""
+WIDEST_LEFT = 2.0
+"""Nor is a number of L, whose columns are of length 1 but for their rounding, nearly as large."""
 DEPENDENT = 1e-5
 """Ratio of Cholesky pivots below which columns count as dependent."""
 
@@ -77,36 +81,68 @@ def square_root(hessian_II: Tensor) -> Tensor:
     return cholesky(hessian_II, DAMPING)
 
 
-def through(residual_OI: Tensor, root: Operand) -> Tensor:
-    """E·S (O, I): S is lower triangular, so that a block of its columns needs the later columns of E alone."""
-    columns = residual_OI.shape[1]
-    residual, weighted_OI = Operand.of(residual_OI), torch.empty_like(residual_OI)
+@dataclass(frozen=True, slots=True)
+class Root:
+    """S with SSᵀ = H, lower triangular, as a factor of products; widest is the largest sum of a column's magnitudes."""
+
+    values: Operand
+    widest: float
+
+    @classmethod
+    def of(cls, root_II: Tensor) -> Root:
+        if root_II.device.type != "cuda":
+            return cls(Operand.of(root_II), 0.0)
+        return cls(Operand.of(root_II), torch.linalg.matrix_norm(root_II, 1).item())
+
+
+def through(residual: Operand, root: Root) -> Operand:
+    """E·S (O, I), in memory column by column: a block of its columns needs the later columns of E alone."""
+    residual_IO, (rows, columns) = residual.T, residual.values.shape
+    largest = LARGEST * residual.unit * root.widest
+    weighted_IO = Operand.empty(columns, rows, residual.values.device, largest)
     width = ceil_div(columns, TRIANGLE_BLOCKS)
     for first in range(0, columns, width):
         block, later = slice(first, first + width), slice(first, columns)
-        product_of(residual[:, later], root[later, block], weighted_OI[:, block])
-    return weighted_OI
+        put_product(weighted_IO[block], root.values[later, block].T, residual_IO[later])
+    return weighted_IO.T
 
 
-def leading_directions(weighted_POI: Tensor, rank: int) -> Tensor:
-    """(P, O, rank) orthonormal, the leading eigenvectors of (ES)(ES)ᵀ = E H Eᵀ in falling order; weighted is ES."""
-    _, rows, columns = weighted_POI.shape
+def leading_directions(weighted: Sequence[Operand], rank: int) -> Tensor:
+    """(P, O, rank) orthonormal, the leading eigenvectors of (ES)(ES)ᵀ = E H Eᵀ in falling order; weighted are P ES."""
+    rows, columns = weighted[0].values.shape
     width = min(rank + OVERSAMPLING, rows, columns)
-    generator = torch.Generator(weighted_POI.device).manual_seed(0)
-    start_Ik = torch.randn(columns, width, generator=generator, device=weighted_POI.device)
+    device = weighted[0].values.device
+    generator = torch.Generator(device).manual_seed(0)
+    start = Operand.of(torch.randn(columns, width, generator=generator, device=device), FARTHEST)
+    basis_POk = orthonormal(_products(weighted, [start] * len(weighted)))
+    for _ in range(ITERATIONS):
+        basis_POk = sharpened(weighted, basis_POk)
+    seen_PIk = _seen(weighted, basis_POk)
     with tensor_cores():
-        basis_POk = orthonormal(weighted_POI @ start_Ik)
-        for _ in range(ITERATIONS):
-            basis_POk = sharpened(weighted_POI, basis_POk)
-        small_PkI = basis_POk.mT @ weighted_POI
-    _, vector_Pkk = torch.linalg.eigh((small_PkI @ small_PkI.mT).double())
+        gram_Pkk = seen_PIk.mT @ seen_PIk
+    _, vector_Pkk = torch.linalg.eigh(gram_Pkk.double())
     return (basis_POk.double() @ vector_Pkk.flip(-1)[..., :rank]).float()
 
 
-def sharpened(weighted_POI: Tensor, basis_POk: Tensor) -> Tensor:
-    """One step of subspace iteration from an orthonormal basis: nearer to the leading directions, in no order."""
-    with tensor_cores():
-        return orthonormal(weighted_POI @ orthonormal(weighted_POI.mT @ basis_POk))
+def sharpened(weighted: Sequence[Operand], basis_POk: Tensor) -> Tensor:
+    """One step of subspace iteration from orthonormal bases: nearer to the leading directions, in no order."""
+    seen = Operand.of(orthonormal(_seen(weighted, basis_POk)), 1.0)
+    return orthonormal(_products(weighted, [seen[p] for p in range(len(weighted))]))
+
+
+def _seen(weighted: Sequence[Operand], basis_POk: Tensor) -> Tensor:
+    """(ES)ᵀ times each basis, (P, I, k)."""
+    basis = Operand.of(basis_POk, 1.0)
+    return _products([part.T for part in weighted], [basis[p] for p in range(len(weighted))])
+
+
+def _products(lefts: Sequence[Operand], rights: Sequence[Operand]) -> Tensor:
+    """Of all pairs, behind each other; float32."""
+    rows, columns = lefts[0].values.shape[0], rights[0].values.shape[1]
+    found_Pnm = torch.empty(len(lefts), rows, columns, device=lefts[0].values.device)
+    for left, right, found_nm in zip(lefts, rights, found_Pnm, strict=True):
+        product_of(left, right, found_nm)
+    return found_Pnm
 
 
 def orthonormal(tall_Pnk: Tensor) -> Tensor:
@@ -119,46 +155,78 @@ def orthonormal(tall_Pnk: Tensor) -> Tensor:
     pivot_Pk = lower_Pkk.diagonal(dim1=-2, dim2=-1)
     if not (pivot_Pk.amin(dim=-1) > DEPENDENT * pivot_Pk.amax(dim=-1)).all():
         return torch.linalg.qr(tall_Pnk).Q
-    one_kk = torch.eye(tall_Pnk.shape[-1], dtype=wide_Pnk.dtype, device=wide_Pnk.device)
-    inverse_Pkk = torch.linalg.solve_triangular(lower_Pkk, one_kk.expand_as(lower_Pkk), upper=False)
-    return (wide_Pnk @ inverse_Pkk.mT).float()
+    return (wide_Pnk @ _inverse(lower_Pkk).mT).float()
+
+
+def _inverse(lower_Pkk: Tensor) -> Tensor:
+    """Of lower triangular matrices."""
+    one_kk = torch.eye(lower_Pkk.shape[-1], dtype=lower_Pkk.dtype, device=lower_Pkk.device)
+    return torch.linalg.solve_triangular(lower_Pkk, one_kk.expand_as(lower_Pkk), upper=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Factors, and both of them in float32."""
+
+    factors: Factors
+    left_rO: Tensor
+    right_rI: Tensor
 
 
 def factorize(
-    residuals: Sequence[Tensor], directions: Sequence[Tensor], factor_II: Tensor, factor_bits: int
-) -> list[Factors]:
+    residuals: Sequence[Operand], directions: Sequence[Tensor], factor_II: Tensor, factor_bits: int
+) -> list[Fit]:
     """Quantized factors of residuals (O, I) along orthonormal directions (O, r), each with a rank of its own.
 
     factor from `gptq.inverse_factor`. All rows of all factors are rounded at once.
     """
     left_RO, right_RI = stacked(residuals, directions, factor_II, factor_bits)
-    parts, first = [], 0
-    for direction_Or in directions:
-        part = slice(first, first + direction_Or.shape[1])
-        parts.append(Factors(_rows(left_RO, part), _rows(right_RI, part)))
+    ranks = [direction_Or.shape[1] for direction_Or in directions]
+    lefts, rights = dense(left_RO).split(ranks), dense(right_RI).split(ranks)
+    fits, first = [], 0
+    for rank, left_rO, right_rI in zip(ranks, lefts, rights, strict=True):
+        part = slice(first, first + rank)
+        fits.append(Fit(Factors(_rows(left_RO, part), _rows(right_RI, part)), left_rO, right_rI))
         first = part.stop
-    return parts
+    return fits
 
 
 def stacked(
-    residuals: Sequence[Tensor], directions: Sequence[Tensor], factor_II: Tensor, factor_bits: int
+    residuals: Sequence[Operand], directions: Sequence[Tensor], factor_II: Tensor, factor_bits: int
 ) -> tuple[Quantized | Tensor, Quantized | Tensor]:
     """L and R as `factorize` has them, those of all residuals below each other."""
     left_RO = _rounded(
         torch.cat([direction_Or.T for direction_Or in directions]), factor_bits, round_to_nearest
     )
     lefts = dense(left_RO).split([direction_Or.shape[1] for direction_Or in directions])
-    rights = [fitted(left_rO, residual_OI) for left_rO, residual_OI in zip(lefts, residuals, strict=True)]
-    right_RI = _rounded(torch.cat(rights), factor_bits, partial(_round_right, factor_II))
+    right_RI = _rounded(fitted(lefts, residuals), factor_bits, partial(_round_right, factor_II))
     return left_RO, right_RI
 
 
-def fitted(left_rO: Tensor, residual_OI: Tensor) -> Tensor:
-    """R (r, I) of least squares: L's columns, orthonormal but for their rounding, make the normal equations tame."""
-    lower_rr, _ = torch.linalg.cholesky_ex(left_rO @ left_rO.T)
-    with tensor_cores():
-        seen_rI = left_rO @ residual_OI
-    return torch.cholesky_solve(seen_rI, lower_rr)
+def fitted(lefts: Sequence[Tensor], residuals: Sequence[Operand]) -> Tensor:
+    """R (r, I) of least squares for every L (r, O) and residual, below each other.
+
+    L's columns, orthonormal but for their rounding, make the normal equations tame.
+    """
+    ranks = list(map(len, lefts))
+    left = Operand.of(torch.cat(tuple(lefts)), WIDEST_LEFT)
+    right_RI = torch.empty(sum(ranks), residuals[0].values.shape[1], device=left.values.device)
+    parts = right_RI.split(ranks)
+    for part, residual, right_rI in zip(_split(left, ranks), residuals, parts, strict=True):
+        product_of(part, residual, right_rI)
+    for rank in set(ranks):
+        of_rank = [p for p in range(len(ranks)) if ranks[p] == rank]
+        left_PrO = torch.stack([lefts[p] for p in of_rank]).double()
+        lower_Prr, _ = torch.linalg.cholesky_ex(left_PrO @ left_PrO.mT)
+        inverse_Prr = _inverse(lower_Prr)
+        solved_PrI = (inverse_Prr.mT @ inverse_Prr).float() @ torch.stack([parts[p] for p in of_rank])
+        for p, solved_rI in zip(of_rank, solved_PrI, strict=True):
+            parts[p].copy_(solved_rI)
+    return right_RI
+
+
+def _split(whole: Operand, lengths: Sequence[int]) -> Iterator[Operand]:
+    return (Operand(part, whole.unit) for part in whole.values.split(list(lengths)))
 
 
 def _rounded(

@@ -49,18 +49,17 @@ class Operand:
         """A matrix, float32, and room for numbers up to `largest` in its place. On a CPU it is kept, not copied."""
         if x.device.type != "cuda":
             return cls(x, 1.0)
-        operand = cls.empty_like(x, largest_of(x) if largest is None else largest)
+        unit = _unit(largest_of(x) if largest is None else largest)
+        operand = cls(torch.empty_like(x, dtype=torch.float16), unit)
         operand.put(x)
         return operand
 
     @classmethod
-    def empty_like(cls, x: Tensor, largest: float) -> Operand:
-        """Of the shape of x, for numbers up to `largest`."""
-        if x.device.type != "cuda":
-            return cls(torch.empty_like(x), 1.0)
-        fits = 0 < largest < math.inf
-        unit = 2.0 ** math.ceil(math.log2(largest / LARGEST)) if fits else 1.0
-        return cls(torch.empty_like(x, dtype=torch.float16), unit)
+    def empty(cls, rows: int, columns: int, device: torch.device, largest: float) -> Operand:
+        """A matrix for numbers up to `largest`."""
+        if device.type != "cuda":
+            return cls(torch.empty(rows, columns, device=device), 1.0)
+        return cls(torch.empty(rows, columns, device=device, dtype=torch.float16), _unit(largest))
 
     def put(self, x: Tensor) -> None:
         """Take up other numbers of the same shape."""
@@ -68,6 +67,14 @@ class Operand:
             torch.mul(x, 1 / self.unit, out=self.values)
         else:
             self.values.copy_(x)
+
+    def dense(self) -> Tensor:
+        """float32."""
+        return self.values.float() * self.unit if self.values.dtype == torch.float16 else self.values
+
+    def squared_norm(self) -> Tensor:
+        """‖x‖², float32."""
+        return torch.linalg.vector_norm(self.values, dtype=torch.float32).mul_(self.unit).square_()
 
     def __getitem__(self, part: int | slice | tuple[slice, slice]) -> Operand:
         return Operand(self.values[part], self.unit)
@@ -77,27 +84,42 @@ class Operand:
         return Operand(self.values.T, self.unit)
 
 
-def largest_of(x: Tensor) -> float:
-    """The largest magnitude; 0 of none."""
-    return torch.stack(x.aminmax()).abs().amax().item() if x.numel() else 0.0
+def _unit(largest: float) -> float:
+    """The power of two that puts this number at the top of float16's range."""
+    return 2.0 ** math.ceil(math.log2(largest / LARGEST)) if 0 < largest < math.inf else 1.0
+
+
+def largest_of(*matrices: Tensor) -> float:
+    """The largest magnitude of all; 0 of none."""
+    ends = [end for x in matrices if x.numel() for end in x.aminmax()]
+    return torch.stack(ends).abs().amax().item() if ends else 0.0
 
 
 def product(left: Operand, right: Operand, out: Tensor | None = None) -> Tensor:
     """left · right, float32."""
     if out is None:
         out = left.values.new_empty(left.values.shape[0], right.values.shape[1], dtype=torch.float32)
-    return _add_product(out, left, right, 1.0, 0.0)
+    return _add_product(out, left, right, left.unit * right.unit, 0.0)
+
+
+def put_product(onto: Operand, left: Operand, right: Operand) -> None:
+    """left · right, whose sums are float32, taken up by an operand that has room for it."""
+    before = torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    try:
+        _add_product(onto.values, left, right, left.unit * right.unit / onto.unit, 0.0)
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = before
 
 
 def subtract_product(onto: Tensor, left: Operand, right: Operand) -> None:
     """onto − left · right, in place; float32."""
-    _add_product(onto, left, right, -1.0, 1.0)
+    _add_product(onto, left, right, -left.unit * right.unit, 1.0)
 
 
-def _add_product(onto: Tensor, left: Operand, right: Operand, sign: float, keep: float) -> Tensor:
-    alpha = sign * left.unit * right.unit
-    if left.values.dtype == torch.float32:
-        return torch.addmm(onto, left.values, right.values, alpha=alpha, beta=keep, out=onto)
+def _add_product(onto: Tensor, left: Operand, right: Operand, by: float, keep: float) -> Tensor:
+    if onto.dtype == left.values.dtype:
+        return torch.addmm(onto, left.values, right.values, alpha=by, beta=keep, out=onto)
     return torch.addmm(
-        onto, left.values, right.values, out_dtype=torch.float32, alpha=alpha, beta=keep, out=onto
+        onto, left.values, right.values, out_dtype=torch.float32, alpha=by, beta=keep, out=onto
     )

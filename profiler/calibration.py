@@ -172,6 +172,8 @@ class BlockInputs:
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
         self.path, self.shape = path, shape
         self._window = shape[1] * shape[2]
+        self.held: Tensor | None = None
+        """All of it, where it is on the device already."""
 
     def write(self, first: int, hidden_NTd: Tensor) -> None:
         with self.path.open("r+b" if self.path.exists() else "wb") as file:
@@ -182,8 +184,16 @@ class BlockInputs:
         """The first window's index and the inputs of at most `windows` windows, in turn."""
         for first in range(0, self.shape[0], windows):
             count = min(windows, self.shape[0] - first)
-            values = np.fromfile(self.path, np.float32, count * self._window, offset=4 * first * self._window)
-            yield first, torch.from_numpy(values).view(count, *self.shape[1:]).to(device)
+            there = self.held is not None
+            yield first, self.held[first : first + count] if there else self._read(first, count, device)
+
+    def brought(self, device: torch.device) -> Tensor:
+        """All of it, (N, T, d), on a device."""
+        return self._read(0, self.shape[0], device)
+
+    def _read(self, first: int, count: int, device: torch.device) -> Tensor:
+        values = np.fromfile(self.path, np.float32, count * self._window, offset=4 * first * self._window)
+        return torch.from_numpy(values).view(count, *self.shape[1:]).to(device)
 
 
 @contextmanager

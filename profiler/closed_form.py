@@ -32,6 +32,7 @@ from allocator.storage import Option
 from compressor.decompose import Curvature
 from compressor.gptq import round_to_nearest
 from compressor.lowrank import leading_directions, through
+from compressor.precision import Operand, product
 from profiler.error_model import FLOOR
 from profiler.gain import CONFIDENCE
 from profiler.measurement import Measurement
@@ -65,21 +66,28 @@ class ClosedForm:
 
     @classmethod
     def of(
-        cls, w_OI: Tensor, residual_OI: Tensor, curvature: Curvature, signal: float, ranks: Sequence[int]
+        cls, w_OI: Tensor, residual: Operand, curvature: Curvature, signal: float, ranks: Sequence[int]
     ) -> ClosedForm | None:
         """From a layer and the residual of a plain option; None where there is no error to speak of.
 
-        w, residual (O, I) float32; signal is tr(W H Wᵀ).
+        w (O, I) float32, residual (O, I); signal is tr(W H Wᵀ).
         """
         scale = (w_OI.square().sum(dim=0) @ curvature.pivots()).item() / max(signal, 1e-30)
-        weighted_OI = through(residual_OI, curvature.root)
-        total = weighted_OI.square().sum().item()
+        weighted = through(residual, curvature.root)
+        total = weighted.squared_norm().item()
         if scale <= FLOOR or total <= FLOOR * signal:
             return None
         left_over = {0: 1.0}
         if ranks:
-            direction_Or = leading_directions(weighted_OI[None], max(ranks))[0]
-            led_r = (direction_Or.T @ weighted_OI).square().sum(dim=1).double().cumsum(dim=0).tolist()
+            direction_Or = leading_directions([weighted], max(ranks))[0]
+            led_r = (
+                product(Operand.of(direction_Or.T, 1.0), weighted)
+                .square()
+                .sum(dim=1)
+                .double()
+                .cumsum(dim=0)
+                .tolist()
+            )
             left_over |= {rank: max(1 - led_r[rank - 1] / total, 1e-6) for rank in ranks}
         return cls(scale, left_over, w_OI.shape[1])
 

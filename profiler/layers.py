@@ -100,7 +100,9 @@ class LoadedModel:
 
     def weight(self, layer: Layer) -> Tensor:
         """W (O, I) in float32."""
-        weight = self.stored_weight(layer).to(self.device).float()
+        held = self.offload.held if self.offload else {}
+        stored = held.get(f"{layer.name}.weight")
+        weight = (self.stored_weight(layer).to(self.device) if stored is None else stored).float()
         return weight.T.contiguous() if layer.transposed else weight
 
     def kept_tensors(self) -> Iterator[tuple[str, Tensor]]:

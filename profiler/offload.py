@@ -27,8 +27,10 @@ class Offload:
     def __init__(
         self, model: PreTrainedModel, block_names: Sequence[str], read: Read, device: torch.device
     ) -> None:
-        self._read, self._device = read, device
+        self._read, self._device, self._model = read, device, model
         self._resident: nn.Module | None = None
+        self.held: dict[str, Tensor] = {}
+        """Parameters that are on the device already, as they are stored."""
         inside = tuple(f"{name}." for name in block_names)
         stored = model.state_dict().keys() - model.all_tied_weights_keys.keys()
         parameters = {name for name, _ in model.named_parameters()}
@@ -55,8 +57,13 @@ class Offload:
         finally:
             self._read = before
 
+    def brought(self, block_name: str) -> dict[str, Tensor]:
+        """The parameters of a block, on the device as they are stored."""
+        names = [f"{block_name}.{key}" for key, _ in self._model.get_submodule(block_name).named_parameters()]
+        return {name: self._read(name).to(self._device) for name in names}
+
     def _value(self, name: str) -> Tensor:
-        value = self._read(name).to(self._device)
+        value = self.held[name] if name in self.held else self._read(name).to(self._device)
         return value.float() if value.is_floating_point() else value
 
     def _fetching(self, block_name: str) -> Callable[..., None]:

@@ -21,6 +21,7 @@ from allocator.storage import KEEP_BITS, Option, layer_bytes
 from compressor.decompose import RankError
 from compressor.gptq import inverse_factor
 from compressor.lowrank import factorize
+from compressor.precision import Operand
 from profiler.calibration import Progress, silent
 from profiler.layers import LoadedModel, check_finite
 
@@ -88,7 +89,7 @@ def truncations(
 
 def _rounded(w_OI: Tensor, direction_Or: Tensor, factor_bits: int) -> Tensor:
     factor_II = inverse_factor(torch.eye(w_OI.shape[1], device=w_OI.device))
-    return factorize([w_OI], [direction_Or], factor_II, factor_bits)[0].product()
+    return factorize([Operand.of(w_OI)], [direction_Or], factor_II, factor_bits)[0].factors.product()
 
 
 def _truncation(name: str, rank: int, w_OI: Tensor, low_OI: Tensor, size_ratio: float) -> Truncation:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import cached_property, partial
 from io import BytesIO
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from allocator.storage import Option
 from compressor.decompose import ROUNDS
 from compressor.descent import PASSES
 from compressor.gptq_cuda import warm_up
+from profiler.ahead import Ahead
 from profiler.calibration import (
     BlockCall,
     BlockInputs,
@@ -233,11 +235,15 @@ def sweep_blocks(run: ProfileRun, indices: Iterable[int], progress: Progress) ->
     """As `sweep_block`, of several blocks; each is measured while the disk takes in the one before it."""
     measured: list[str] = []
     run.report_sweep(progress)
-    with Writer() as writer:
-        for index in indices:
-            if not run.is_swept(run.loaded.layers_of(index)):
+    wanted = (index for index in indices if not run.is_swept(run.loaded.layers_of(index)))
+    with Writer() as writer, Ahead(run.loaded, run.inputs) as ahead:
+        for index, following in pairwise(chain(wanted, [None])):
+            assert index is not None
+            if following is not None:
+                ahead.bring(following)
+            with ahead.held(index):
                 measured += _sweep_block(run, index, writer, progress)
-                return_fragments()
+            return_fragments()
     run.report_sweep(progress)
     return measured
 

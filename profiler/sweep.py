@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from allocator.storage import Option
-from compressor.decompose import MAXIMUM_ELEMENTS, Curvature, Decomposition, decompose
+from compressor.decompose import MAXIMUM_ELEMENTS, Curvature, Decomposition, by_column, decompose
+from compressor.precision import Operand, largest_of
 from profiler.calibration import InputMoment
 from profiler.closed_form import (
     ClosedForm,
@@ -28,8 +29,8 @@ from profiler.layers import Layer, LoadedModel
 from profiler.measurement import GridSettings, Measurement
 
 WEIGHTS_PER_ELEMENT = 32
-"""A weight of the model takes 4 bytes in float32, one being decomposed some 40."""
-BYTES_PER_ELEMENT = 40
+"""A weight of the model takes 4 bytes in float32, one being decomposed some 40 on a CPU."""
+CUDA_BYTES_PER_ELEMENT = 20
 WIDE = 0.15
 """Half width, in log error, of a predicted interval that has its option measured instead."""
 
@@ -62,7 +63,7 @@ def elements_in_flight(loaded: LoadedModel) -> int:
     On a GPU, whose loops are only filled by many rows, as many as half its memory holds.
     """
     if loaded.device.type == "cuda":
-        return torch.cuda.get_device_properties(loaded.device).total_memory // (2 * BYTES_PER_ELEMENT)
+        return torch.cuda.get_device_properties(loaded.device).total_memory // (2 * CUDA_BYTES_PER_ELEMENT)
     return min(MAXIMUM_ELEMENTS, sum(layer.weights for layer in loaded.layers) // WEIGHTS_PER_ELEMENT)
 
 
@@ -120,8 +121,12 @@ class _Bench:
         self.elements = elements_in_flight(loaded)
         self.options = options
         self.formed, self.spectrum = predictable(self.options), spectrum_option(self.options)
-        self.weights = {layer.name: loaded.weight(layer) for layer in members}
-        self.signal = {name: curvature.squared_norm(w_OI).item() for name, w_OI in self.weights.items()}
+        self.weights = {layer.name: by_column(loaded.weight(layer)) for layer in members}
+        self.largest = {name: largest_of(w_OI) for name, w_OI in self.weights.items()}
+        self.signal = {
+            name: curvature.squared_norm(Operand.of(w_OI, self.largest[name])).item()
+            for name, w_OI in self.weights.items()
+        }
         self.found: dict[str, list[Measurement]] = {layer.name: [] for layer in members}
         self.forms: dict[str, ClosedForm | None] = {}
 
@@ -137,17 +142,22 @@ class _Bench:
             self.rounds,
             self.elements,
         )
+        errors: list[Tensor] = []
+        measured: list[Job] = []
         for p, decomposition in stream:
             layer, option = jobs[p]
             self.keep(layer, decomposition)
-            w_OI, dense_OI = self.weights[layer.name], decomposition.dense()
-            signal = self.signal[layer.name]
-            error = self.curvature.squared_norm(w_OI - dense_OI).item()
-            self.found[layer.name].append(Measurement(option, error / max(signal, 1e-30)))
+            w_OI = self.weights[layer.name]
+            residual = decomposition.residual(w_OI, self.largest[layer.name])
+            errors.append(self.curvature.squared_norm(residual))
+            measured.append(jobs[p])
             if option == self.spectrum:
                 ranks = sorted({option.rank for option in self.formed} - {0})
-                form = ClosedForm.of(w_OI, w_OI - dense_OI, self.curvature, signal, ranks)
+                form = ClosedForm.of(w_OI, residual, self.curvature, self.signal[layer.name], ranks)
                 self.forms[layer.name] = form
+        for (layer, option), error in zip(measured, torch.stack(errors).tolist(), strict=True):
+            signal = max(self.signal[layer.name], 1e-30)
+            self.found[layer.name].append(Measurement(option, error / signal))
 
     def left(self, layer: Layer) -> list[Option]:
         """What was not measured."""

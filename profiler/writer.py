@@ -5,10 +5,13 @@ What lives here: the thread. What is written, and that it is written atomically,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import BoundedSemaphore
 from types import TracebackType
+
+import torch
 
 WAITING = 8
 """Tasks that may wait; what they hold stays in memory."""
@@ -26,16 +29,20 @@ class Writer:
         self._error: BaseException | None = None
 
     def submit(self, task: Callable[[], object]) -> None:
-        """Raises what an earlier task raised."""
+        """Raises what an earlier task raised.
+
+        What a task asks of a card runs beside what is asked of it from now on.
+        """
         self._room.acquire()
         if self._error is not None:
             raise self._error
-        self._pool.submit(self._run, task)
+        self._pool.submit(self._run, task, _present())
 
-    def _run(self, task: Callable[[], object]) -> None:
+    def _run(self, task: Callable[[], object], present: torch.cuda.Event | None) -> None:
         try:
             if self._error is None:
-                task()
+                with _beside(present):
+                    task()
         except BaseException as error:
             self._error = error
         finally:
@@ -50,3 +57,21 @@ class Writer:
         self._pool.shutdown(wait=True, cancel_futures=error is not None)
         if error is None and self._error is not None:
             raise self._error
+
+
+def _present() -> torch.cuda.Event | None:
+    """What the card has been asked for until now."""
+    return torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
+
+
+@contextmanager
+def _beside(present: torch.cuda.Event | None) -> Iterator[None]:
+    """While open, what this thread asks of the card follows on what is present and nothing else."""
+    if present is None:
+        yield
+        return
+    stream = torch.cuda.Stream(present.device)
+    stream.wait_event(present)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()

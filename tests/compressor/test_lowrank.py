@@ -12,7 +12,7 @@ from torch import Tensor
 from compressor.gptq import SingularHessianError, inverse_factor
 from compressor.lowrank import (
     Factors,
-    dense,
+    Root,
     factorize,
     leading_directions,
     orthonormal,
@@ -45,10 +45,13 @@ def tail_energy(residual_OI: Tensor, hessian_II: Tensor, rank: int) -> float:
 
 
 def factors_of(residual_OI: Tensor, hessian_II: Tensor, rank: int, bits: int = 16) -> Factors:
-    direction_Or = leading_directions(through(residual_OI, Operand.of(square_root(hessian_II)))[None], rank)[
-        0
-    ]
-    return factorize([residual_OI], [direction_Or], inverse_factor(hessian_II), bits)[0]
+    residual = Operand.of(residual_OI)
+    direction_Or = directions_of(residual_OI, square_root(hessian_II), rank)
+    return factorize([residual], [direction_Or], inverse_factor(hessian_II), bits)[0].factors
+
+
+def directions_of(residual_OI: Tensor, root_II: Tensor, rank: int) -> Tensor:
+    return leading_directions([through(Operand.of(residual_OI), Root.of(root_II))], rank)[0]
 
 
 def test_a_square_root_times_its_transpose_is_the_hessian(correlated: MakeTensor) -> None:
@@ -126,7 +129,7 @@ def test_wider_factors_leave_less_error(normal: MakeTensor, correlated: MakeTens
 
 def test_directions_are_orthonormal_and_in_falling_order(normal: MakeTensor, correlated: MakeTensor) -> None:
     residual_OI, hessian_II = decaying(normal, 40, 60), correlated(60)
-    direction_Or = leading_directions(through(residual_OI, Operand.of(square_root(hessian_II)))[None], 6)[0]
+    direction_Or = directions_of(residual_OI, square_root(hessian_II), 6)
     energy_r = ((direction_Or.T @ residual_OI @ hessian_II) * (direction_Or.T @ residual_OI)).sum(dim=1)
     assert torch.allclose(direction_Or.T @ direction_Or, torch.eye(6), atol=1e-5)
     assert (energy_r.diff() <= 0).all()
@@ -139,31 +142,32 @@ def test_problems_of_a_batch_keep_their_own_rank(
     residuals, hessian_II, ranks = list(normal(3, 24, 64)), correlated(64), [2, 5, 3]
     root_II = square_root(hessian_II)
     directions = [
-        leading_directions(through(residual_OI, Operand.of(root_II))[None], rank)[0]
-        for residual_OI, rank in zip(residuals, ranks, strict=True)
+        directions_of(residual_OI, root_II, rank) for residual_OI, rank in zip(residuals, ranks, strict=True)
     ]
-    batch = factorize(residuals, directions, inverse_factor(hessian_II), bits)
-    assert [dense(f.left_rO).shape for f in batch] == [(2, 24), (5, 24), (3, 24)]
+    batch = factorize(list(map(Operand.of, residuals)), directions, inverse_factor(hessian_II), bits)
+    assert [fit.left_rO.shape for fit in batch] == [(2, 24), (5, 24), (3, 24)]
     for residual_OI, together, rank in zip(residuals, batch, ranks, strict=True):
         single = factors_of(residual_OI, hessian_II, rank, bits)
-        energies = [output_energy(residual_OI - f.product(), hessian_II) for f in (together, single)]
+        factors = together.factors, single
+        energies = [output_energy(residual_OI - f.product(), hessian_II) for f in factors]
         assert energies[0] == pytest.approx(energies[1], rel=0.01)
 
 
 @pytest.mark.parametrize("columns", [1, 3, 50, 97])
 def test_through_is_the_product_with_a_triangular_root(normal: MakeTensor, columns: int) -> None:
     residual_OI, root_II = normal(20, columns), normal(columns, columns, seed=1).tril()
-    assert torch.allclose(through(residual_OI, Operand.of(root_II)), residual_OI @ root_II, atol=1e-4)
+    weighted_OI = through(Operand.of(residual_OI), Root.of(root_II)).dense()
+    assert torch.allclose(weighted_OI, residual_OI @ root_II, atol=1e-4)
 
 
 def test_sharpening_a_neighbouring_basis_leads_to_the_leading_directions(
     normal: MakeTensor, correlated: MakeTensor
 ) -> None:
-    weighted_1OI = through(decaying(normal, 64, 96), Operand.of(square_root(correlated(96))))[None]
-    lead_1Or = leading_directions(weighted_1OI, 8)
+    weighted = through(Operand.of(decaying(normal, 64, 96)), Root.of(square_root(correlated(96))))
+    lead_1Or = leading_directions([weighted], 8)
     near_1Or = orthonormal(lead_1Or + 0.05 * normal(1, 64, 8))
-    found_1Or = sharpened(weighted_1OI, near_1Or)
-    kept, best = ((d_1Or.mT @ weighted_1OI).square().sum() for d_1Or in (found_1Or, lead_1Or))
+    found_1Or = sharpened([weighted], near_1Or)
+    kept, best = ((d_1Or.mT @ weighted.dense()).square().sum() for d_1Or in (found_1Or, lead_1Or))
     assert kept > 0.99 * best
 
 
@@ -177,11 +181,11 @@ def test_directions_are_orthonormal_however_fast_the_energy_falls(
     if condition != float("inf"):
         energy_I = torch.logspace(0, -math.log10(condition), 96)
     residual_POI = torch.linalg.qr(normal(2, 128, 96)).Q * energy_I
-    found_POr = leading_directions(residual_POI, 16)
+    found_POr = leading_directions(list(map(Operand.of, residual_POI)), 16)
     gram_Prr = found_POr.mT @ found_POr
     assert torch.allclose(gram_Prr, torch.eye(16).expand(2, -1, -1), atol=1e-4)
 
 
 def test_a_residual_of_zeros_has_directions_too(normal: MakeTensor) -> None:
-    found_POr = leading_directions(torch.zeros(1, 40, 64), 8)
+    found_POr = leading_directions([Operand.of(torch.zeros(40, 64))], 8)
     assert torch.allclose(found_POr.mT @ found_POr, torch.eye(8)[None], atol=1e-5)
