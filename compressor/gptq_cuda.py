@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from math import log2
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any
 
 import torch
@@ -71,12 +71,6 @@ def block_kernel(
             kernel(grid=grid, block=(THREADS, 1, 1), args=arguments, shared_mem=SHARED_BYTES)
 
     return work
-
-
-def warm_up(device: torch.device) -> None:
-    """Start compiling for a card, which takes seconds, before the kernels are needed."""
-    if device.type == "cuda":
-        Thread(target=_kernels, args=(device,), name="nvrtc", daemon=True).start()
 
 
 @cache

@@ -8,8 +8,7 @@ Letters: O rows, I columns; what is named IO lies in memory column by column.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from math import log2
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from allocator.storage import ceil_div
 from compressor.grid import Quantized
+from compressor.nvrtc import Kernel, compiled
 from compressor.precision import Operand
 
 KERNELS = ("subtract_quantized", "put_columns", "squared_distance")
@@ -48,7 +48,7 @@ def put_residual(onto_IO: Operand, weight_OI: Tensor, quantized: Quantized) -> N
     aligned = _is_aligned(weight_OI.T, code_OI.T, onto_IO.values)
     tensors = weight_OI, code_OI, scale_OG, zero_OG, onto_IO.values
     numbers = -round(log2(onto_IO.unit)), aligned, rows, columns, quantized.group_size, *strides
-    _launch(kernel, _grid(rows, columns), (*tensors, *numbers))
+    kernel.prepared(_grid(rows, columns), THREADS, (*tensors, *numbers))()
 
 
 def put_columns(onto_IO: Tensor, weight_IO: Tensor) -> None:
@@ -59,8 +59,8 @@ def put_columns(onto_IO: Tensor, weight_IO: Tensor) -> None:
         return
     columns, rows = weight_IO.shape
     aligned = _is_aligned(weight_IO, onto_IO)
-    arguments = [weight_IO, onto_IO, aligned, rows, columns, onto_IO.stride(0)]
-    _launch(kernel, _grid(rows, columns), arguments)
+    arguments = weight_IO, onto_IO, aligned, rows, columns, onto_IO.stride(0)
+    kernel.prepared(_grid(rows, columns), THREADS, arguments)()
 
 
 def squared_distances(pairs: Iterable[tuple[Operand, Tensor]]) -> Tensor:
@@ -74,8 +74,8 @@ def _sums(a: Operand, b: Tensor) -> Tensor:
     if kernel is None or not (a.values.is_contiguous() and b.is_contiguous()):
         return torch.linalg.vector_norm(torch.sub(b, a.values, alpha=a.unit)).square_()[None]
     part_B = b.new_empty(min(BLOCKS, ceil_div(b.numel(), THREADS)))
-    exponent = round(log2(a.unit))
-    _launch(kernel, (len(part_B), 1, 1), [a.values, b, part_B, exponent, *b.shape])
+    arguments = a.values, b, part_B, round(log2(a.unit)), *b.shape
+    kernel.prepared((len(part_B), 1), THREADS, arguments)()
     return part_B
 
 
@@ -98,31 +98,14 @@ def _is_aligned(*matrices: Tensor) -> bool:
     )
 
 
-def _grid(rows: int, columns: int) -> tuple[int, int, int]:
-    return ceil_div(rows, THREADS * HEIGHT), ceil_div(columns, SLOT), 1
+def _grid(rows: int, columns: int) -> tuple[int, int]:
+    return ceil_div(rows, THREADS * HEIGHT), ceil_div(columns, SLOT)
 
 
-def _launch(
-    kernel: Callable[..., None], grid: tuple[int, int, int], arguments: Sequence[Tensor | int]
-) -> None:
-    given = arguments[0]
-    assert isinstance(given, Tensor)
-    with torch.cuda.device_of(given):
-        kernel(grid=grid, block=(THREADS, 1, 1), args=list(arguments))
-
-
-def _kernel(name: str, x: Tensor) -> Callable[..., None] | None:
+def _kernel(name: str, x: Tensor) -> Kernel | None:
     return _compiled(x.device.index).get(name) if x.device.type == "cuda" else None
 
 
 @cache
-def _compiled(index: int) -> dict[str, Callable[..., None]]:
-    """The kernels for a card; none where torch cannot have them."""
-    if torch.version.hip is not None:
-        return {}
-    try:
-        with torch.cuda.device(index):
-            return {name: torch.cuda._compile_kernel(source(), name) for name in KERNELS}
-    except (AttributeError, OSError, RuntimeError) as error:
-        warnings.warn(f"measuring residuals without CUDA kernels, which is slow: {error}", stacklevel=2)
-        return {}
+def _compiled(index: int) -> dict[str, Kernel]:
+    return compiled(dict.fromkeys(KERNELS, source()), index, 0, "measuring what quantizing leaves")

@@ -1,9 +1,13 @@
-"""What the process gives back: the C library's allocator, told to return freed tensors to the system at once."""
+"""Memory not held for nothing: the C library's allocator is to return what was freed, CUDA's to leave no holes."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from contextlib import suppress
+
+import torch
 
 M_MMAP_THRESHOLD = -3
 THRESHOLD_BYTES = 512 * 1024
@@ -16,6 +20,18 @@ def return_freed_memory() -> None:
     some thousand tensors of changing sizes a profile held twice the memory it used. It costs page faults.
     """
     _call("mallopt", M_MMAP_THRESHOLD, THRESHOLD_BYTES)
+
+
+def leave_no_holes() -> None:
+    """Have memory on cards grow by pages, unless the environment says how it is to grow.
+
+    A sweep holds batches of many sizes after each other. In segments of fixed size they leave holes that no later one
+    fits into: after three blocks of an 8B model 78 GiB were taken where 43 were needed.
+    """
+    if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        return
+    with suppress(AttributeError, RuntimeError):  # not public yet
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def return_fragments() -> None:

@@ -33,7 +33,7 @@ from allocator.plan import PlanModel
 from allocator.storage import Option
 from compressor.decompose import ROUNDS
 from compressor.descent import PASSES
-from compressor.gptq_cuda import warm_up
+from compressor.warming import warm_up
 from profiler.ahead import Ahead
 from profiler.calibration import (
     BlockCall,
@@ -55,7 +55,7 @@ from profiler.error_model import fit_error_model
 from profiler.gain import Probe, calibrate
 from profiler.layers import Layer, LoadedModel, load_model, open_model
 from profiler.measurement import BITS, FACTOR_BITS, GROUP_SIZES, GridSettings, Measurement
-from profiler.memory import return_fragments, return_freed_memory
+from profiler.memory import leave_no_holes, return_fragments, return_freed_memory
 from profiler.probes import PROBES, keeper, measure_probes
 from profiler.profile import (
     COLUMNS,
@@ -202,6 +202,7 @@ class ProfileRun:
 def open_run(ref: ModelRef, output: Path, settings: ProfileSettings) -> ProfileRun:
     """Load the model for a profile in `output`, which is neither read nor written yet."""
     return_freed_memory()
+    leave_no_holes()
     check_uncompressed(ref)
     weights = weights_sha256(ref)
     loaded = open_model(ref, settings.device)

@@ -56,7 +56,7 @@ def test_by_coroutines_what_quantizing_leaves(
     tensors = w_OI, q.code_OI, q.scale_OG, q.zero_OG, found_IO
     strides = q.code_OI.stride(1), rows + 4, *q.scale_OG.stride(), *q.zero_OG.stride()
     numbers = 4, rows % 4 == 0, rows, columns, group_size, *strides
-    played("subtract_quantized", types, tmp_path, *tensors, *numbers)(*residuals._grid(rows, columns)[:2])
+    played("subtract_quantized", types, tmp_path, *tensors, *numbers)(*residuals._grid(rows, columns))
     exact_IO = (w_OI - q.dequantize()).T
     assert torch.allclose(found_IO[:, :rows].float() / 16, exact_IO, rtol=2**-11, atol=1e-4)
     assert not found_IO[:, rows:].any()
@@ -68,7 +68,7 @@ def test_by_coroutines_a_matrix_beside_others(
 ) -> None:
     w_IO, found_IO = normal(columns, rows), torch.zeros(columns, rows + 4)
     types, numbers = ["float*", "float*", *["int"] * 4], (rows % 4 == 0, rows, columns, rows + 4)
-    played("put_columns", types, tmp_path, w_IO, found_IO, *numbers)(*residuals._grid(rows, columns)[:2])
+    played("put_columns", types, tmp_path, w_IO, found_IO, *numbers)(*residuals._grid(rows, columns))
     assert torch.equal(found_IO[:, :rows], w_IO) and not found_IO[:, rows:].any()
 
 

@@ -1,0 +1,71 @@
+"""Kernels in CUDA C: compiled by torch when they are first needed, and launched in microseconds.
+
+What lives here: compiling and launching. What kernels do is said in the `.cu` files, what they are given in the modules
+beside those. torch's way of compiling is not yet public; where it fails, plain torch does the work, after a warning.
+Its way of launching looks for the driver anew at every launch, so launching is ours.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import addressof, c_int, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Kernel:
+    """A compiled kernel that may have so much shared memory."""
+
+    def __init__(self, compiled: Any, shared_bytes: int) -> None:
+        self._function, self._shared_bytes = compiled.func, shared_bytes
+        self._launch = torch.cuda._utils._get_gpu_runtime_library().cuLaunchKernel
+
+    def prepared(
+        self, grid: tuple[int, int], threads: int, arguments: Sequence[Tensor | int], later: int = 0
+    ) -> Callable[..., None]:
+        """A launch with these arguments, and after them so many numbers as they are given then, in the present stream.
+
+        The first argument is a tensor, and all are on its card. Raises `RuntimeError` where the driver does.
+        """
+        first = arguments[0]
+        assert isinstance(first, Tensor)
+        values = [c_void_p(a.data_ptr()) if isinstance(a, Tensor) else c_int(a) for a in arguments]
+        numbers = [c_int() for _ in range(later)]
+        places = (c_void_p * (len(values) + later))(*map(addressof, [*values, *numbers]))
+        fixed = self._function, *grid, 1, threads, 1, 1, self._shared_bytes
+
+        def launch(*given: int) -> None:
+            for number, value in zip(numbers, given, strict=True):
+                number.value = value
+            with torch.cuda.device_of(first):
+                stream = c_void_p(torch.cuda.current_stream(first.device).cuda_stream)
+                failed = self._launch(*fixed, stream, places, None)
+            if failed:
+                raise RuntimeError(f"a CUDA kernel could not be launched (error {failed})")
+
+        launch.arguments = arguments, values, numbers  # type: ignore[attr-defined]  what places points to
+        return launch
+
+
+def compiled(sources: Mapping[str, str], index: int, shared_bytes: int, what: str) -> dict[str, Kernel]:
+    """Kernels by their names for a card; none, and a warning of `what` is slow then, where torch or it is too old."""
+    if torch.version.hip is not None:
+        return {}
+
+    def compile(name: str) -> Kernel:
+        with torch.cuda.device(index):
+            torch.cuda.synchronize()  # a new thread has no context before its first call
+            kernel: Any = torch.cuda._compile_kernel(sources[name], name)
+            kernel.set_shared_memory_config(shared_bytes)
+        return Kernel(kernel, shared_bytes)
+
+    try:
+        with ThreadPoolExecutor(len(sources)) as pool:
+            return dict(zip(sources, pool.map(compile, sources), strict=True))
+    except (AttributeError, OSError, RuntimeError) as error:
+        warnings.warn(f"{what} without CUDA kernels, which is slow: {error}", stacklevel=3)
+        return {}
