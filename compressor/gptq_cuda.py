@@ -28,9 +28,11 @@ from compressor.grid import REFITS, SHRINKS
 from compressor.precision import Operand
 
 KERNELS = ("round_block", "settle")
-BLOCK, THREADS, ROWS = 128, 128, 64
-"""Columns, threads and rows of a thread block, as in `gptq.cu`."""
-SHARED_BYTES = BLOCK * BLOCK * 4
+THREADS, ROWS = 128, 32
+"""Threads of a thread block, and the rows that it works on at a time, as in `gptq.cu`."""
+SHARED_BYTES = {"round_block": 66560, "settle": 57344}
+RESIDENT = {"round_block": 3, "settle": 4}
+"""Shared memory of a thread block, and how many of them a multiprocessor holds."""
 _compiling = Lock()
 
 
@@ -63,12 +65,15 @@ def block_kernel(
         all_rows,
         *matrix_II.stride(),
     ]
-    grid = ceil_div(rows, ROWS), len(group_sizes), 1
+    problems, properties = len(group_sizes), torch.cuda.get_device_properties(values_IR.device)
+    resident = max(1, RESIDENT[name] * properties.multi_processor_count // problems)
+    turns = ceil_div(ceil_div(rows, ROWS), resident)
+    grid = ceil_div(rows, ROWS * turns), problems, 1
 
     def work(start: int, end: int) -> None:
         arguments = [*fixed, start, end - start]
         with torch.cuda.device_of(values_IR):
-            kernel(grid=grid, block=(THREADS, 1, 1), args=arguments, shared_mem=SHARED_BYTES)
+            kernel(grid=grid, block=(THREADS, 1, 1), args=arguments, shared_mem=SHARED_BYTES[name])
 
     return work
 
@@ -100,7 +105,8 @@ def _compiled(index: int) -> dict[str, Callable[..., None]]:
 def source(name: str) -> str:
     """What is compiled for one kernel."""
     shrinks = ", ".join(f"{shrink!r}f" for shrink in SHRINKS)
-    head = f"#define {name.upper()}\n#define SHRINKS {shrinks}\n#define REFITS {REFITS}\n"
+    defined = {"SHRINKS": shrinks, "REFITS": REFITS, "SHARED_BYTES": SHARED_BYTES[name], "RESIDENT": RESIDENT[name]}
+    head = f"#define {name.upper()}\n" + "".join(f"#define {key} {value}\n" for key, value in defined.items())
     return head + (Path(__file__).parent / "gptq.cu").read_text()
 
 
@@ -108,6 +114,6 @@ def _compile(index: int, name: str) -> Callable[..., None]:
     with torch.cuda.device(index):
         torch.cuda.synchronize()  # a new thread has no context before its first call
         kernel: Any = torch.cuda._compile_kernel(source(name), name)
-        kernel.set_shared_memory_config(SHARED_BYTES)
+        kernel.set_shared_memory_config(SHARED_BYTES[name])
     launch: Callable[..., None] = kernel
     return launch

@@ -24,6 +24,9 @@ struct uint2 {
 struct uint4 {
     unsigned x, y, z, w;
 };
+struct float2 {
+    float x, y;
+};
 struct float4 {
     float x, y, z, w;
 };
@@ -94,19 +97,54 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned chosen) {
 
 inline int __float2int_rn(float x) { return (int)std::nearbyint(x); }
 
+inline float from_half(unsigned short bits) {
+    int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    float size = exponent ? std::ldexp(1024.f + mantissa, exponent - 25) : std::ldexp((float)mantissa, -24);
+    return bits >> 15 ? -size : size;
+}
+inline unsigned short to_half(float x) {
+    int exponent = x == 0 ? -14 : max(std::ilogb(x), -14);
+    int steps = (int)std::nearbyint(std::ldexp(std::fabs(x), 10 - exponent));
+    if (steps == 2048) steps = 1024, exponent++;
+    int bits = steps < 1024 ? steps : (exponent + 15) << 10 | (steps - 1024);
+    return (unsigned short)((x < 0 ? 0x8000 : 0) | bits);
+}
+inline unsigned to_halves(float low, float high) { return to_half(low) | (unsigned)to_half(high) << 16; }
+inline unsigned subtract_halves(unsigned a, unsigned b) {
+    return to_halves(from_half(a) - from_half(b), from_half(a >> 16) - from_half(b >> 16));
+}
+
+using Factors = unsigned[MOST][6];
+inline const Factors& posted_to_warp(const unsigned (&own)[6]) {
+    auto& board = posted_factors[lanes[threadIdx.x].meetings++ % 2];
+    std::memcpy(board[threadIdx.x], own, sizeof own);
+    __syncwarp();
+    return board;
+}
+
 // The product of 16 × 32 by 32 × 8 of a warp: bytes of the first factor are unsigned, of the second signed.
 inline void multiply(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
     int warp = threadIdx.x / 32 * 32, g = threadIdx.x % 32 / 4, of_four = threadIdx.x % 4;
-    auto& board = posted_factors[lanes[threadIdx.x].meetings++ % 2];
-    unsigned own[6] = {a0, a1, a2, a3, b0, b1};
-    std::memcpy(board[threadIdx.x], own, sizeof own);
-    __syncwarp();
+    const Factors& board = posted_to_warp({a0, a1, a2, a3, b0, b1});
     for (int i = 0; i < 4; i++)
         for (int k = 0; k < 32; k++) {
             int holder = k % 16 / 4, byte = k % 4 * 8;
             unsigned a = board[warp + 4 * g + holder][k / 16 * 2 + i / 2] >> byte & 255;
             signed char b = board[warp + 4 * (2 * of_four + i % 2) + holder][4 + k / 16] >> byte;
             c[i] += (int)a * b;
+        }
+}
+
+// The same of 16 × 16 by 16 × 8 numbers in float16.
+inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    int warp = threadIdx.x / 32 * 32, g = threadIdx.x % 32 / 4, of_four = threadIdx.x % 4;
+    const Factors& board = posted_to_warp({a[0], a[1], a[2], a[3], b0, b1});
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 16; k++) {
+            int holder = k % 8 / 2, up = k % 2 * 16;
+            unsigned left = board[warp + 4 * g + holder][k / 8 * 2 + i / 2] >> up;
+            unsigned right = board[warp + 4 * (2 * of_four + i % 2) + holder][4 + k / 8] >> up;
+            c[i] += from_half(left) * from_half(right);
         }
 }
 
@@ -150,17 +188,4 @@ inline void launch(void (*kernel)(), int wide, int high, int threads) {
                     }
             }
         }
-}
-
-inline float from_half(unsigned short bits) {
-    int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-    float size = exponent ? std::ldexp(1024.f + mantissa, exponent - 25) : std::ldexp((float)mantissa, -24);
-    return bits >> 15 ? -size : size;
-}
-inline unsigned short to_half(float x) {
-    int exponent = x == 0 ? -14 : max(std::ilogb(x), -14);
-    int steps = (int)std::nearbyint(std::ldexp(std::fabs(x), 10 - exponent));
-    if (steps == 2048) steps = 1024, exponent++;
-    int bits = steps < 1024 ? steps : (exponent + 15) << 10 | (steps - 1024);
-    return (unsigned short)((x < 0 ? 0x8000 : 0) | bits);
 }
