@@ -1,30 +1,24 @@
 """A block of 128 columns of GPTQ or of descent on CUDA: `gptq.cu` compiled and launched.
 
-What lives here: compiling and launching. The products that spread a block's changes over other columns, and everything
+What lives here: what they are given. The products that spread a block's changes over other columns, and everything
 that holds on any device, are in `gptq.py` and `descent.py`; what the kernels do is said in `gptq.cu`.
-
-torch compiles the source when it is first needed, which takes seconds. Its way of doing so is not yet public; where it
-fails, plain torch does the work, after a warning.
 
 Letters: P problems, O rows of each, R = P·O, I columns, S slots of 32 columns.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from math import log2
 from pathlib import Path
-from threading import Lock
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from allocator.storage import ceil_div
 from compressor.grid import REFITS, SHRINKS
+from compressor.nvrtc import Kernel, compiled, compiling
 from compressor.precision import Operand
 
 KERNELS = ("round_block", "settle")
@@ -33,7 +27,6 @@ THREADS, ROWS = 128, 32
 SHARED_BYTES = {"round_block": 66560, "settle": 57344}
 RESIDENT = {"round_block": 3, "settle": 4}
 """Shared memory of a thread block, and how many of them a multiprocessor holds."""
-_compiling = Lock()
 
 
 def block_kernel(
@@ -52,28 +45,22 @@ def block_kernel(
     round_block: values are weights, changes receives the errors and matrix is the factor, as `gptq._compiled` says.
     settle: values are G, changes receives what is added to Q and matrix is the damped H, as for `descent.settle`.
     """
-    kernel = _kernels(values_IR.device).get(name)
+    with compiling:
+        kernel = _compiled(values_IR.device.index).get(name)
     if kernel is None:
         return None
     rows, all_rows = values_IR.shape[1] // len(group_sizes), values_IR.shape[1]
     tensors = values_IR, changes_IR.values, code_IR, scale_SR, zero_SR, matrix_II, maximum_P
-    fixed = [
-        *tensors,
-        _leaves(tuple(group_sizes), values_IR.device),
-        -round(log2(changes_IR.unit)),
-        rows,
-        all_rows,
-        *matrix_II.stride(),
-    ]
+    leaves_P = _leaves(tuple(group_sizes), values_IR.device)
+    numbers = -round(log2(changes_IR.unit)), rows, all_rows, *matrix_II.stride()
     problems, properties = len(group_sizes), torch.cuda.get_device_properties(values_IR.device)
     resident = max(1, RESIDENT[name] * properties.multi_processor_count // problems)
     turns = ceil_div(ceil_div(rows, ROWS), resident)
-    grid = ceil_div(rows, ROWS * turns), problems, 1
+    grid = ceil_div(rows, ROWS * turns), problems
+    launch = kernel.prepared(grid, THREADS, (*tensors, leaves_P, *numbers), later=2)
 
     def work(start: int, end: int) -> None:
-        arguments = [*fixed, start, end - start]
-        with torch.cuda.device_of(values_IR):
-            kernel(grid=grid, block=(THREADS, 1, 1), args=arguments, shared_mem=SHARED_BYTES[name])
+        launch(start, end - start)
 
     return work
 
@@ -83,23 +70,9 @@ def _leaves(group_sizes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([size // 32 for size in group_sizes], dtype=torch.int32, device=device)
 
 
-def _kernels(device: torch.device) -> dict[str, Callable[..., None]]:
-    index = torch.cuda.current_device() if device.index is None else device.index
-    with _compiling:
-        return _compiled(index)
-
-
 @cache
-def _compiled(index: int) -> dict[str, Callable[..., None]]:
-    """The kernels for a card; none where torch, or the card, is too old for them."""
-    if torch.version.hip is not None:
-        return {}
-    try:
-        with ThreadPoolExecutor(len(KERNELS)) as pool:
-            return dict(zip(KERNELS, pool.map(partial(_compile, index), KERNELS), strict=True))
-    except (AttributeError, OSError, RuntimeError) as error:
-        warnings.warn(f"compressing without CUDA kernels, which is slow: {error}", stacklevel=2)
-        return {}
+def _compiled(index: int) -> dict[str, Kernel]:
+    return compiled({name: source(name) for name in KERNELS}, SHARED_BYTES, index, "compressing")
 
 
 def source(name: str) -> str:
@@ -108,12 +81,3 @@ def source(name: str) -> str:
     defined = {"SHRINKS": shrinks, "REFITS": REFITS, "SHARED_BYTES": SHARED_BYTES[name], "RESIDENT": RESIDENT[name]}
     head = f"#define {name.upper()}\n" + "".join(f"#define {key} {value}\n" for key, value in defined.items())
     return head + (Path(__file__).parent / "gptq.cu").read_text()
-
-
-def _compile(index: int, name: str) -> Callable[..., None]:
-    with torch.cuda.device(index):
-        torch.cuda.synchronize()  # a new thread has no context before its first call
-        kernel: Any = torch.cuda._compile_kernel(source(name), name)
-        kernel.set_shared_memory_config(SHARED_BYTES[name])
-    launch: Callable[..., None] = kernel
-    return launch

@@ -11,10 +11,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import addressof, c_int, c_void_p
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
+
+compiling = Lock()
+"""Held by who compiles, so that nobody compiles the same at the same time."""
 
 
 class Kernel:
@@ -51,7 +55,9 @@ class Kernel:
         return launch
 
 
-def compiled(sources: Mapping[str, str], index: int, shared_bytes: int, what: str) -> dict[str, Kernel]:
+def compiled(
+    sources: Mapping[str, str], shared_bytes: Mapping[str, int], index: int, what: str
+) -> dict[str, Kernel]:
     """Kernels by their names for a card; none, and a warning of `what` is slow then, where torch or it is too old."""
     if torch.version.hip is not None:
         return {}
@@ -60,8 +66,8 @@ def compiled(sources: Mapping[str, str], index: int, shared_bytes: int, what: st
         with torch.cuda.device(index):
             torch.cuda.synchronize()  # a new thread has no context before its first call
             kernel: Any = torch.cuda._compile_kernel(sources[name], name)
-            kernel.set_shared_memory_config(shared_bytes)
-        return Kernel(kernel, shared_bytes)
+            kernel.set_shared_memory_config(shared_bytes[name])
+        return Kernel(kernel, shared_bytes[name])
 
     try:
         with ThreadPoolExecutor(len(sources)) as pool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from allocator.storage import ceil_div
 from compressor.grid import Quantized
-from compressor.nvrtc import Kernel, compiled
+from compressor.nvrtc import Kernel, compiled, compiling
 from compressor.precision import Operand
 
 KERNELS = ("subtract_quantized", "put_columns", "squared_distance")
@@ -103,9 +103,13 @@ def _grid(rows: int, columns: int) -> tuple[int, int]:
 
 
 def _kernel(name: str, x: Tensor) -> Kernel | None:
-    return _compiled(x.device.index).get(name) if x.device.type == "cuda" else None
+    if x.device.type != "cuda":
+        return None
+    with compiling:
+        return _compiled(x.device.index).get(name)
 
 
 @cache
 def _compiled(index: int) -> dict[str, Kernel]:
-    return compiled(dict.fromkeys(KERNELS, source()), index, 0, "measuring what quantizing leaves")
+    sources, none = dict.fromkeys(KERNELS, source()), dict.fromkeys(KERNELS, 0)
+    return compiled(sources, none, index, "measuring what quantizing leaves")
