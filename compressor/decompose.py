@@ -53,7 +53,7 @@ from compressor.lowrank import (
     stacked,
     through,
 )
-from compressor.precision import ROOM, Operand, largest_of, tensor_cores
+from compressor.precision import ROOM, Operand, largest_of, product, tensor_cores
 from compressor.residual import put_columns, residual, squared_distances
 
 ROUNDS = 4
@@ -452,10 +452,9 @@ class _Search:
         self.plain_error, self.plain_ranges = other.plain_error, other.plain_ranges
         self.plain_sums_G = other.plain_sums_G
 
-    def low_rank(self, weighted_right_rI: Tensor) -> Tensor:
-        """L(RS), (I, O)."""
-        with tensor_cores():
-            return weighted_right_rI.T @ self.fit.left_rO
+    def apart(self, weighted_right: Operand) -> tuple[Operand, Tensor]:
+        """(W − Q)S and L(RS), (I, O), whose distance is the error."""
+        return self.weighted.T, product(weighted_right.T, self.fit.left)
 
     def foretold(self, sums_G: Tensor, curvature: Curvature) -> Tensor:
         """Error that Q of a matrix of these `range_sums` is to leave under another H, from what Q of W left."""
@@ -577,9 +576,8 @@ def _sharpen(searches: Sequence[_Search]) -> None:
 def _consider(searches: Sequence[_Search], curvature: Curvature) -> None:
     """Measure where they stand, and keep what is the best so far."""
     rights = [search.fit.right_rI for search in searches]
-    weighted_RI = through(Operand.of(torch.cat(rights)), curvature.root).dense()
-    parts = zip(searches, weighted_RI.split(list(map(len, rights))), strict=True)
-    errors = squared_distances((search.weighted.T, search.low_rank(part_rI)) for search, part_rI in parts)
+    weighted = through(Operand.of(torch.cat(rights)), curvature.root).split(list(map(len, rights)))
+    errors = squared_distances(s.apart(part) for s, part in zip(searches, weighted, strict=True))
     for search, error in zip(searches, errors.tolist(), strict=True):
         search.error = error
         if error < search.least:

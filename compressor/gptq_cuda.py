@@ -78,6 +78,11 @@ def _compiled(index: int) -> dict[str, Kernel]:
 def source(name: str) -> str:
     """What is compiled for one kernel."""
     shrinks = ", ".join(f"{shrink!r}f" for shrink in SHRINKS)
-    defined = {"SHRINKS": shrinks, "REFITS": REFITS, "SHARED_BYTES": SHARED_BYTES[name], "RESIDENT": RESIDENT[name]}
+    defined = {
+        "SHRINKS": shrinks,
+        "REFITS": REFITS,
+        "SHARED_BYTES": SHARED_BYTES[name],
+        "RESIDENT": RESIDENT[name],
+    }
     head = f"#define {name.upper()}\n" + "".join(f"#define {key} {value}\n" for key, value in defined.items())
     return head + (Path(__file__).parent / "gptq.cu").read_text()

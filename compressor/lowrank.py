@@ -16,7 +16,7 @@ as an error in Q does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +40,10 @@ WIDEST_LEFT = 2.0
 """Nor is a number of L, whose columns are of length 1 but for their rounding, nearly as large."""
 DEPENDENT = 1e-5
 """Ratio of Cholesky pivots below which columns count as dependent."""
+
+
+Basis = Callable[[Tensor], Tensor]
+"""Finds orthonormal bases of the columns of matrices, (P, n, k)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +118,14 @@ def leading_directions(weighted: Sequence[Operand], rank: int) -> Tensor:
     device = weighted[0].values.device
     generator = torch.Generator(device).manual_seed(0)
     start = Operand.of(torch.randn(columns, width, generator=generator, device=device), FARTHEST)
-    basis_POk = orthonormal(_products(weighted, [start] * len(weighted)))
-    for _ in range(ITERATIONS):
-        basis_POk = sharpened(weighted, basis_POk)
+
+    def iterated(basis_of: Basis) -> Tensor:
+        basis_POk = basis_of(_products(weighted, [start] * len(weighted)))
+        for _ in range(ITERATIONS):
+            basis_POk = _sharpened(weighted, basis_POk, basis_of)
+        return basis_POk
+
+    basis_POk = _trusted(iterated)
     seen_PIk = _seen(weighted, basis_POk)
     with tensor_cores():
         gram_Pkk = seen_PIk.mT @ seen_PIk
@@ -126,8 +135,12 @@ def leading_directions(weighted: Sequence[Operand], rank: int) -> Tensor:
 
 def sharpened(weighted: Sequence[Operand], basis_POk: Tensor) -> Tensor:
     """One step of subspace iteration from orthonormal bases: nearer to the leading directions, in no order."""
-    seen = Operand.of(orthonormal(_seen(weighted, basis_POk)), 1.0)
-    return orthonormal(_products(weighted, [seen[p] for p in range(len(weighted))]))
+    return _trusted(partial(_sharpened, weighted, basis_POk))
+
+
+def _sharpened(weighted: Sequence[Operand], basis_POk: Tensor, basis_of: Basis) -> Tensor:
+    seen = Operand.of(basis_of(_seen(weighted, basis_POk)), 1.0)
+    return basis_of(_products(weighted, [seen[p] for p in range(len(weighted))]))
 
 
 def _seen(weighted: Sequence[Operand], basis_POk: Tensor) -> Tensor:
@@ -146,16 +159,36 @@ def _products(lefts: Sequence[Operand], rights: Sequence[Operand]) -> Tensor:
 
 
 def orthonormal(tall_Pnk: Tensor) -> Tensor:
-    """An orthonormal basis of the columns, (P, n, k), by the Cholesky factor of their Gram matrix.
+    """An orthonormal basis of the columns, (P, n, k)."""
+    return _trusted(lambda basis_of: basis_of(tall_Pnk))
 
-    In float64 that loses nothing that float32 has; columns that depend on each other take Householder's way.
+
+def _trusted(find: Callable[[Basis], Tensor]) -> Tensor:
+    """What `find` makes with bases by Cholesky factors; where columns depend on each other, with Householder's.
+
+    Whether they do is asked once, after all is found: a card that is asked at every basis rests meanwhile.
+    """
+    independent: list[Tensor] = []
+
+    def by_cholesky(tall_Pnk: Tensor) -> Tensor:
+        basis_Pnk, fine = _by_cholesky(tall_Pnk)
+        independent.append(fine)
+        return basis_Pnk
+
+    found = find(by_cholesky)
+    return found if torch.stack(independent).all() else find(lambda tall_Pnk: torch.linalg.qr(tall_Pnk).Q)
+
+
+def _by_cholesky(tall_Pnk: Tensor) -> tuple[Tensor, Tensor]:
+    """A basis by the Cholesky factor of the columns' Gram matrix, and whether columns are independent.
+
+    In float64 that loses nothing that float32 has.
     """
     wide_Pnk = tall_Pnk.double()
     lower_Pkk, _ = torch.linalg.cholesky_ex(wide_Pnk.mT @ wide_Pnk)
     pivot_Pk = lower_Pkk.diagonal(dim1=-2, dim2=-1)
-    if not (pivot_Pk.amin(dim=-1) > DEPENDENT * pivot_Pk.amax(dim=-1)).all():
-        return torch.linalg.qr(tall_Pnk).Q
-    return (wide_Pnk @ _inverse(lower_Pkk).mT).float()
+    independent = (pivot_Pk.amin(dim=-1) > DEPENDENT * pivot_Pk.amax(dim=-1)).all()
+    return (wide_Pnk @ _inverse(lower_Pkk).mT).float(), independent
 
 
 def _inverse(lower_Pkk: Tensor) -> Tensor:
@@ -171,6 +204,11 @@ class Fit:
     factors: Factors
     left_rO: Tensor
     right_rI: Tensor
+
+    @property
+    def left(self) -> Operand:
+        """L as a factor of products."""
+        return Operand.of(self.left_rO, WIDEST_LEFT)
 
 
 def factorize(
@@ -212,7 +250,7 @@ def fitted(lefts: Sequence[Tensor], residuals: Sequence[Operand]) -> Tensor:
     left = Operand.of(torch.cat(tuple(lefts)), WIDEST_LEFT)
     right_RI = torch.empty(sum(ranks), residuals[0].values.shape[1], device=left.values.device)
     parts = right_RI.split(ranks)
-    for part, residual, right_rI in zip(_split(left, ranks), residuals, parts, strict=True):
+    for part, residual, right_rI in zip(left.split(ranks), residuals, parts, strict=True):
         product_of(part, residual, right_rI)
     for rank in set(ranks):
         of_rank = [p for p in range(len(ranks)) if ranks[p] == rank]
@@ -223,10 +261,6 @@ def fitted(lefts: Sequence[Tensor], residuals: Sequence[Operand]) -> Tensor:
         for p, solved_rI in zip(of_rank, solved_PrI, strict=True):
             parts[p].copy_(solved_rI)
     return right_RI
-
-
-def _split(whole: Operand, lengths: Sequence[int]) -> Iterator[Operand]:
-    return (Operand(part, whole.unit) for part in whole.values.split(list(lengths)))
 
 
 def _rounded(

@@ -76,6 +76,10 @@ class Operand:
         """‖x‖², float32."""
         return torch.linalg.vector_norm(self.values, dtype=torch.float32).mul_(self.unit).square_()
 
+    def split(self, rows: list[int]) -> list[Operand]:
+        """Parts of so many rows each."""
+        return [Operand(part, self.unit) for part in self.values.split(rows)]
+
     def __getitem__(self, part: int | slice | tuple[slice, slice]) -> Operand:
         return Operand(self.values[part], self.unit)
 
