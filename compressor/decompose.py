@@ -25,7 +25,7 @@ One product by S a round gives the error, tr((W − Q − LR) H (W − Q − LR)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -54,7 +54,7 @@ from compressor.lowrank import (
     through,
 )
 from compressor.precision import ROOM, Operand, largest_of, product, tensor_cores
-from compressor.residual import put_columns, residual, squared_distances
+from compressor.residual import put_columns, residuals, squared_distances
 
 ROUNDS = 4
 LEAST_GAIN = 0.01
@@ -87,9 +87,22 @@ class Curvature:
         """S as a factor of products."""
         return Root.of(self.root_II)
 
-    def squared_norm(self, delta: Operand) -> Tensor:
-        """‖ΔS‖² = tr(Δ H Δᵀ): the squared output error of all rows, per token."""
-        return through(delta, self.root).squared_norm()
+    def squared_norms(self, deltas: Operand, parts: int = 1) -> Tensor:
+        """‖ΔS‖² = tr(Δ H Δᵀ) of P matrices of as many rows, below each other: squared output errors per token."""
+        return through(deltas, self.root).squared_norms(parts)
+
+    def squared_errors(
+        self, weights: Sequence[Tensor], found: Sequence[Decomposition], largest: float
+    ) -> Tensor:
+        """The squared output error per token, (P,), of what was made of matrices (O, I); none is above `largest`."""
+        quantized = [d.quantized for d in found if d.quantized is not None and d.is_subtracted]
+        pairs = zip(weights, found, strict=True)
+        if len(quantized) < len(found):
+            deltas = Operand.of(torch.cat([w_OI - d.dense() for w_OI, d in pairs]))
+        else:
+            rests = (d.rest(w_OI) for w_OI, d in pairs)
+            deltas, _ = residuals(rests, quantized, len(weights[0]), ROOM * largest)
+        return self.squared_norms(deltas, len(found))
 
     @cached_property
     def rotated(self) -> Curvature:
@@ -142,14 +155,16 @@ class Decomposition:
             return whole_OI
         return restored(whole_OI, rotation(whole_OI.shape[1], whole_OI.device))
 
-    def residual(self, w_OI: Tensor, largest: float) -> Operand:
-        """W − Q − L·R as a factor of products; W (O, I) and its largest magnitude are what this was made of."""
-        if self.quantized is None or self.option.rotated:
-            return Operand.of(w_OI - self.dense())
-        rest_OI = w_OI
-        if self.factors is not None:
-            rest_OI = _rest(w_OI, dense(self.factors.left_rO), dense(self.factors.right_rI))
-        return residual(rest_OI, self.quantized, largest * ROOM)
+    @property
+    def is_subtracted(self) -> bool:
+        """Whether its error is what remains of W when L·R and then Q, as they are stored, are taken off."""
+        return self.quantized is not None and not self.option.rotated
+
+    def rest(self, w_OI: Tensor) -> Tensor:
+        """W − L·R of a matrix (O, I) that it was made of."""
+        if self.factors is None:
+            return w_OI
+        return _rest(w_OI, dense(self.factors.left_rO), dense(self.factors.right_rI))
 
     def _whole(self) -> Tensor:
         if self.quantized is None:
@@ -201,7 +216,8 @@ def decompose(
     assert all(option.heads == 1 or option.bits == 0 for option in options)
     for option in options:
         _check_rank(rows, columns, option)
-    of_weight = {id(w_OI): (by_column(w_OI), largest_of(w_OI)) for w_OI in weights}
+    distinct = {id(w_OI): w_OI for w_OI in weights}
+    of_weight = {key: (by_column(w_OI), largest_of(w_OI)) for key, w_OI in distinct.items()}
     problems = [
         _Problem(p, *of_weight[id(w_OI)], option)
         for p, (w_OI, option) in enumerate(zip(weights, options, strict=True))
@@ -307,11 +323,13 @@ def _alternate(
     _refit(searches, curvature)
     active = searches
     for _ in range(rounds - 1):
+        _leave(search for search in active if not search.gained)
         if not (active := [search for search in active if search.gained]):
             break
         _requantize(active, curvature)
         _sharpen(active)
         _refit(active, curvature)
+    _leave(active)
     if again := _restarted(searches, starts, curvature):
         _requantize(again, curvature)
         _consider(again, curvature)
@@ -319,9 +337,16 @@ def _alternate(
         _refit(again, curvature)
         _requantize(again, curvature)
         _consider(again, curvature)
+        _leave(again)
     _absorb(searches, curvature)
     _polish(searches, curvature)
     return searches
+
+
+def _leave(searches: Iterable[_Search]) -> None:
+    """Free what they stand on, which searches that began together share."""
+    for search in searches:
+        del search.quantized, search.residual, search.weighted
 
 
 def _of_heads(problem: _Problem, curvature: Curvature) -> Factors:
@@ -373,24 +398,18 @@ class _Starts:
         """Standing on Q of W; those that start alike share what they stand on."""
         self._quantize(problems)
         searches = [_Search(problem) for problem in problems]
-        first: dict[_Start, _Search] = {}
-        for search in searches:
-            if search.problem.start not in first:
-                first[search.problem.start] = search
-                self._stand(search)
+        first = {search.problem.start: search for search in reversed(searches)}
+        _stand(list(first.values()), [self.quantized[start] for start in first], self.curvature)
+        for search in first.values():
+            search.plain_error = search.weighted.squared_norms(1)[0]
+            search.plain_sums_G = self.plain_sums(search.problem)
+            search.plain_ranges = search.ranges(search.plain_sums_G, self.curvature)
         self._lead({start: search.weighted for start, search in first.items()})
         for search in searches:
             start = search.problem.start
             search.stand_like(first[start])
             search.direction_Or = self.directions[start][:, : search.option.rank]
         return searches
-
-    def _stand(self, search: _Search) -> None:
-        """On Q of W."""
-        search.stand_on(self.quantized[search.problem.start], self.curvature)
-        search.plain_error = search.weighted.squared_norm()
-        search.plain_sums_G = self.plain_sums(search.problem)
-        search.plain_ranges = search.ranges(search.plain_sums_G, self.curvature)
 
     def _lead(self, weighted: dict[_Start, Operand]) -> None:
         """Find leading directions that are not known yet."""
@@ -441,11 +460,6 @@ class _Search:
         self.best = Decomposition(problem.option, None, None)
         self.least = self.error = float("inf")
         self.gained = False
-
-    def stand_on(self, quantized: Quantized, curvature: Curvature) -> None:
-        self.quantized = quantized
-        self.residual = residual(self.problem.weight_OI, quantized, self.problem.largest * ROOM)
-        self.weighted = through(self.residual, curvature.root)
 
     def stand_like(self, other: _Search) -> None:
         self.quantized, self.residual, self.weighted = other.quantized, other.residual, other.weighted
@@ -501,7 +515,7 @@ def _absorbed(search: _Search, curvature: Curvature) -> bool:
     if rest is None or search.foretold(search.plain_sums_G, rest).item() > WORTH_ABSORBING * search.least:
         return False
     (quantized,) = _gptq([search.problem.weight_OI], [search.problem], rest)
-    search.stand_on(quantized, curvature)
+    _stand([search], [quantized], curvature)
     search.direction_Or = leading_directions([search.weighted], search.option.rank)[0]
     _refit([search], curvature)
     return True
@@ -550,8 +564,17 @@ def _requantize(searches: Sequence[_Search], curvature: Curvature) -> None:
     largest = max(search.problem.largest for search in searches)
     found = rounded(rest_IR, largest, curvature.factor_II, bits, group_sizes)
     del rest_IR
-    for search, quantized in zip(searches, found, strict=True):
-        search.stand_on(quantized, curvature)
+    _stand(searches, found, curvature)
+
+
+def _stand(searches: Sequence[_Search], quantized: Sequence[Quantized], curvature: Curvature) -> None:
+    """Have searches stand on Q."""
+    problems = [search.problem for search in searches]
+    rows, largest = len(problems[0].weight_OI), ROOM * max(problem.largest for problem in problems)
+    whole, parts = residuals((p.weight_OI for p in problems), quantized, rows, largest)
+    weighted = through(whole, curvature.root).split([rows] * len(problems))
+    for search, *stand in zip(searches, quantized, parts, weighted, strict=True):
+        search.quantized, search.residual, search.weighted = stand
 
 
 def _polish(searches: Sequence[_Search], curvature: Curvature) -> None:

@@ -72,9 +72,10 @@ class Operand:
         """float32."""
         return self.values.float() * self.unit if self.values.dtype == torch.float16 else self.values
 
-    def squared_norm(self) -> Tensor:
-        """‖x‖², float32."""
-        return torch.linalg.vector_norm(self.values, dtype=torch.float32).mul_(self.unit).square_()
+    def squared_norms(self, parts: int) -> Tensor:
+        """‖x‖² of so many parts of as many rows each, float32."""
+        part_PRI = self.values.unflatten(0, (parts, -1))
+        return torch.linalg.vector_norm(part_PRI, dim=(1, 2), dtype=torch.float32).mul_(self.unit).square_()
 
     def split(self, rows: list[int]) -> list[Operand]:
         """Parts of so many rows each."""

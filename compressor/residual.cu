@@ -91,22 +91,31 @@ extern "C" __global__ void __launch_bounds__(THREADS) put_columns(
         );
 }
 
-// Of every thread block its part of Σ (unit · a − b)².
+// Of every thread block its part of Σ (unit · a − b)²; a has a column every so many numbers.
 extern "C" __global__ void __launch_bounds__(THREADS) squared_distance(
-    const unsigned short* a_n, const float* b_n, float* part_B, int exponent, int rows, int columns
+    const unsigned short* a_IO, const float* b_IO, float* part_B, int exponent, int aligned, int rows, int columns,
+    int a_stride
 ) {
     __shared__ float of_warp[THREADS / 32];
+    int row = (blockIdx.x * THREADS + threadIdx.x) * HEIGHT, first = blockIdx.y * SLOT;
+    int height = min(HEIGHT, rows - row), count = height > 0 ? min(SLOT, columns - first) : 0;
     float unit = ldexpf(1.0f, exponent), sum = 0;
-    long step = (long)gridDim.x * THREADS, count = (long)rows * columns;
-#pragma unroll 4
-    for (long i = (long)blockIdx.x * THREADS + threadIdx.x; i < count; i += step) {
-        float apart = from_half(a_n[i]) * unit - b_n[i];
-        sum = fmaf(apart, apart, sum);
+    a_IO += (long)first * a_stride + row;
+    b_IO += (long)first * rows + row;
+#pragma unroll 8
+    for (int column = 0; column < count; column++) {
+        Rows<unsigned short> a = fetched(a_IO + (long)column * a_stride, height, aligned);
+        Rows<float> b = fetched(b_IO + (long)column * rows, height, aligned);
+#pragma unroll
+        for (int i = 0; i < HEIGHT; i++) {
+            float apart = from_half(a.of[i]) * unit - b.of[i];
+            sum = fmaf(apart, apart, sum);
+        }
     }
     for (int apart = 1; apart < 32; apart *= 2) sum += __shfl_xor_sync(ALL, sum, apart);
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
     __syncthreads();
     if (threadIdx.x) return;
     for (int warp = 1; warp < THREADS / 32; warp++) sum += of_warp[warp];
-    part_B[blockIdx.x] = sum;
+    part_B[blockIdx.y * gridDim.x + blockIdx.x] = sum;
 }

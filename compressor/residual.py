@@ -8,7 +8,7 @@ Letters: O rows, I columns; what is named IO lies in memory column by column.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from math import log2
 from pathlib import Path
@@ -22,18 +22,23 @@ from compressor.nvrtc import Kernel, compiled, compiling
 from compressor.precision import Operand
 
 KERNELS = ("subtract_quantized", "put_columns", "squared_distance")
-SLOT, THREADS, HEIGHT, BLOCKS = 32, 128, 4, 4096
-"""Columns and threads of a thread block and rows of a thread, as in `residual.cu`; the most thread blocks of a sum."""
+SLOT, THREADS, HEIGHT = 32, 128, 4
+"""Columns and threads of a thread block and rows of a thread, as in `residual.cu`."""
 
 
-def residual(weight_OI: Tensor, quantized: Quantized, largest: float) -> Operand:
-    """W − Q with room for numbers up to `largest`; W (O, I) float32 lies in memory column by column."""
-    if weight_OI.device.type != "cuda":
-        return Operand.of(weight_OI - quantized.dequantize())
-    rows, columns = weight_OI.shape
-    found_IO = Operand.empty(columns, rows, weight_OI.device, largest)
-    put_residual(found_IO, weight_OI, quantized)
-    return found_IO.T
+def residuals(
+    weights: Iterable[Tensor], quantized: Sequence[Quantized], rows: int, largest: float
+) -> tuple[Operand, list[Operand]]:
+    """W − Q of P matrices (O, I) of so many rows, which lie in memory column by column, with room up to `largest`.
+
+    All as one matrix (P·O, I), in memory column by column, and each as its part of that.
+    """
+    columns, device = quantized[0].code_OI.shape[1], quantized[0].code_OI.device
+    whole_IR = Operand.empty(columns, rows * len(quantized), device, largest)
+    parts = whole_IR.T.split([rows] * len(quantized))
+    for part, w_OI, q in zip(parts, weights, quantized, strict=True):
+        put_residual(part.T, w_OI, q)
+    return whole_IR.T, parts
 
 
 def put_residual(onto_IO: Operand, weight_OI: Tensor, quantized: Quantized) -> None:
@@ -64,18 +69,20 @@ def put_columns(onto_IO: Tensor, weight_IO: Tensor) -> None:
 
 
 def squared_distances(pairs: Iterable[tuple[Operand, Tensor]]) -> Tensor:
-    """‖a − b‖² of pairs of matrices that lie in memory alike, float32."""
+    """‖a − b‖² of pairs of matrices (I, O), float32."""
     return torch.stack([_sums(a, b) for a, b in pairs]).sum(dim=1)
 
 
 def _sums(a: Operand, b: Tensor) -> Tensor:
     """Parts of Σ (a − b)²."""
     kernel = _kernel("squared_distance", b)
-    if kernel is None or not (a.values.is_contiguous() and b.is_contiguous()):
+    if kernel is None or not (a.values.stride(1) == 1 and b.is_contiguous()):
         return torch.linalg.vector_norm(torch.sub(b, a.values, alpha=a.unit)).square_()[None]
-    part_B = b.new_empty(min(BLOCKS, ceil_div(b.numel(), THREADS)))
-    arguments = a.values, b, part_B, round(log2(a.unit)), *b.shape
-    kernel.prepared((len(part_B), 1), THREADS, arguments)()
+    columns, rows = b.shape
+    grid = _grid(rows, columns)
+    part_B = b.new_empty(grid[0] * grid[1])
+    numbers = round(log2(a.unit)), _is_aligned(a.values, b), rows, columns, a.values.stride(0)
+    kernel.prepared(grid, THREADS, (a.values, b, part_B, *numbers))()
     return part_B
 
 

@@ -222,9 +222,13 @@ def captured_inputs(loaded: LoadedModel) -> Iterator[dict[int, tuple[Tensor, Blo
             handle.remove()
 
 
-def block_calls(loaded: LoadedModel, tokens_NT: Tensor) -> dict[int, list[BlockCall]]:
-    """How each block is called, by batch size: full batches, then a short last one."""
-    calls: dict[int, list[BlockCall]] = {}
+BlockCalls = dict[int, list[BlockCall]]
+"""How each block is called, by batch size."""
+
+
+def block_calls(loaded: LoadedModel, tokens_NT: Tensor) -> BlockCalls:
+    """Of full batches, then of a short last one."""
+    calls: BlockCalls = {}
     batch = loaded.windows_per_batch
     sizes = {min(batch, len(tokens_NT)), len(tokens_NT) % batch} - {0}
     for size in sizes:
@@ -236,8 +240,10 @@ def block_calls(loaded: LoadedModel, tokens_NT: Tensor) -> dict[int, list[BlockC
 
 def gradient_moments(
     loaded: LoadedModel, tokens_NT: Tensor, seed: int, inputs: list[BlockInputs], progress: Progress = silent
-) -> dict[str, Tensor]:
-    """diag G of every layer, float32 (O,) per token of calibration, and every block's inputs written to `inputs`.
+) -> tuple[dict[str, Tensor], BlockCalls]:
+    """diag G of every layer, float32 (O,) per token of calibration; every block's inputs are written to `inputs`.
+
+    How blocks were called comes with it, as from `block_calls`.
 
     One forward pass without a graph, then block by block backwards, each recomputed from its input, so that only
     one block's activations are held.
@@ -247,17 +253,20 @@ def gradient_moments(
         layer.name: torch.zeros(layer.rows, dtype=torch.float64, device=loaded.device)
         for layer in loaded.layers
     }
+    calls: BlockCalls = {}
     batch = loaded.windows_per_batch
     for first in range(0, len(tokens_NT), batch):
         batch_NT = tokens_NT[first : first + batch].to(loaded.device)
         with captured_inputs(loaded) as seen:
             gradient = _output_gradient(loaded, batch_NT, generator)
+        calls.setdefault(len(batch_NT), [seen[index][1] for index in range(len(loaded.block_names))])
         for index in reversed(range(len(loaded.block_names))):
             hidden, call = seen.pop(index)
             inputs[index].write(first, hidden)
             gradient = _block_gradient(loaded, index, call, hidden, gradient, total)
         progress("gradients", min(first + batch, len(tokens_NT)), len(tokens_NT))
-    return _lend_to_silent(loaded, {n: (moment / tokens_NT.numel()).float() for n, moment in total.items()})
+    moments = {name: (moment / tokens_NT.numel()).float() for name, moment in total.items()}
+    return _lend_to_silent(loaded, moments), calls
 
 
 def _lend_to_silent(loaded: LoadedModel, moments: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -351,7 +360,7 @@ class InputMoment:
 def input_moments(
     loaded: LoadedModel,
     index: int,
-    calls: dict[int, list[BlockCall]],
+    calls: BlockCalls,
     inputs: BlockInputs,
     outputs: BlockInputs | None = None,
 ) -> list[InputMoment]:

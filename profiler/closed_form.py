@@ -74,7 +74,7 @@ class ClosedForm:
         """
         scale = (w_OI.square().sum(dim=0) @ curvature.pivots()).item() / max(signal, 1e-30)
         weighted = through(residual, curvature.root)
-        total = weighted.squared_norm().item()
+        total = weighted.squared_norms(1).item()
         if scale <= FLOOR or total <= FLOOR * signal:
             return None
         left_over = {0: 1.0}

@@ -31,7 +31,7 @@ from allocator.plan import PlanModel
 from allocator.storage import Option
 from compressor.decompose import Curvature, decompose
 from profiler.calibration import (
-    BlockCall,
+    BlockCalls,
     BlockInputs,
     Progress,
     block_calls,
@@ -67,7 +67,7 @@ class _Windows:
     loaded: LoadedModel
     tokens_NT: Tensor
     reference: Reference
-    calls: dict[int, list[BlockCall]]
+    calls: BlockCalls
     continuation: Continuation
     negatives: Negatives
 

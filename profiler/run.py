@@ -11,7 +11,7 @@ import json
 import platform
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property, partial
 from io import BytesIO
 from itertools import chain, pairwise
@@ -36,7 +36,7 @@ from compressor.descent import PASSES
 from compressor.warming import warm_up
 from profiler.ahead import Ahead
 from profiler.calibration import (
-    BlockCall,
+    BlockCalls,
     BlockInputs,
     CalibrationError,
     Progress,
@@ -138,6 +138,7 @@ class ProfileRun:
     weights: str
     grid: GridSettings
     request: str
+    seen_calls: BlockCalls = field(default_factory=dict)
 
     @property
     def work(self) -> Path:
@@ -179,13 +180,14 @@ class ProfileRun:
     @cached_property
     def moments(self) -> dict[str, Tensor]:
         """diag G of every layer, from `work` once begun."""
-        return gradient_statistics(
-            self.loaded, self.fitting_tokens, self.settings.seed, self.inputs, self.work, silent
-        )
+        return gradient_statistics(self, silent)
 
-    @cached_property
-    def calls(self) -> dict[int, list[BlockCall]]:
-        return block_calls(self.loaded, self.fitting_tokens)
+    @property
+    def calls(self) -> BlockCalls:
+        """How blocks are called: as the gradients' pass saw, or, where it was run before, as another pass sees."""
+        if not self.seen_calls:
+            self.seen_calls.update(block_calls(self.loaded, self.fitting_tokens))
+        return self.seen_calls
 
     def layer_file(self, layer: Layer) -> Path:
         """Where a layer's sweep lies once it is finished."""
@@ -223,7 +225,7 @@ def begin_profile(run: ProfileRun, progress: Progress) -> None:
         (work / part).mkdir(exist_ok=True)
     if given_NT is None:
         sampled_tokens(run.loaded.ref, run.settings, run.work, progress)
-    gradient_statistics(run.loaded, run.fitting_tokens, run.settings.seed, run.inputs, run.work, progress)
+    gradient_statistics(run, progress)
     return_fragments()
 
 
@@ -388,19 +390,14 @@ def block_inputs(loaded: LoadedModel, tokens_NT: Tensor, work: Path) -> list[Blo
     return [BlockInputs(work / f"inputs-{index:05d}.f32", shape) for index in range(len(loaded.block_names))]
 
 
-def gradient_statistics(
-    loaded: LoadedModel,
-    tokens_NT: Tensor,
-    seed: int,
-    inputs: list[BlockInputs],
-    work: Path,
-    progress: Progress,
-) -> dict[str, Tensor]:
-    file = work / "gradient_moments.safetensors"
+def gradient_statistics(run: ProfileRun, progress: Progress) -> dict[str, Tensor]:
+    file = run.work / "gradient_moments.safetensors"
     if not file.exists():
-        found = gradient_moments(loaded, tokens_NT, seed, inputs, progress)
+        tokens_NT, seed = run.fitting_tokens, run.settings.seed
+        found, calls = gradient_moments(run.loaded, tokens_NT, seed, run.inputs, progress)
+        run.seen_calls.update(calls)
         write_atomically(file, save({name: moment.cpu() for name, moment in found.items()}))
-    return {name: moment.to(loaded.device) for name, moment in load_file(file).items()}
+    return {name: moment.to(run.loaded.device) for name, moment in load_file(file).items()}
 
 
 def read_sweep(file: Path, layer: Layer) -> LayerSweep:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.worker import BlockWork, LayerWork
-from profiler.calibration import BlockCall, BlockInputs, block_calls, input_moments
+from profiler.calibration import BlockCalls, BlockInputs, block_calls, input_moments
 from profiler.layers import LoadedModel
 
 
@@ -31,7 +31,7 @@ def block_works(loaded: LoadedModel, tokens_NT: Tensor, folder: Path) -> Iterato
 def _block_work(
     loaded: LoadedModel,
     index: int,
-    calls: dict[int, list[BlockCall]],
+    calls: BlockCalls,
     current: BlockInputs,
     following: BlockInputs,
 ) -> BlockWork:

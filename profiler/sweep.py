@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 
 import torch
 from torch import Tensor
@@ -122,9 +123,9 @@ class _Bench:
         self.options = options
         self.formed, self.spectrum = predictable(self.options), spectrum_option(self.options)
         self.weights = {layer.name: by_column(loaded.weight(layer)) for layer in members}
-        self.largest = {name: largest_of(w_OI) for name, w_OI in self.weights.items()}
+        self.largest = largest_of(*self.weights.values())
         self.signal = {
-            name: curvature.squared_norm(Operand.of(w_OI, self.largest[name])).item()
+            name: curvature.squared_norms(Operand.of(w_OI, self.largest)).item()
             for name, w_OI in self.weights.items()
         }
         self.found: dict[str, list[Measurement]] = {layer.name: [] for layer in members}
@@ -142,22 +143,28 @@ class _Bench:
             self.rounds,
             self.elements,
         )
+        size = max(1, self.elements // self.weights[jobs[0][0].name].numel())
         errors: list[Tensor] = []
-        measured: list[Job] = []
-        for p, decomposition in stream:
-            layer, option = jobs[p]
-            self.keep(layer, decomposition)
-            w_OI = self.weights[layer.name]
-            residual = decomposition.residual(w_OI, self.largest[layer.name])
-            errors.append(self.curvature.squared_norm(residual))
-            measured.append(jobs[p])
-            if option == self.spectrum:
-                ranks = sorted({option.rank for option in self.formed} - {0})
-                form = ClosedForm.of(w_OI, residual, self.curvature, self.signal[layer.name], ranks)
-                self.forms[layer.name] = form
-        for (layer, option), error in zip(measured, torch.stack(errors).tolist(), strict=True):
-            signal = max(self.signal[layer.name], 1e-30)
-            self.found[layer.name].append(Measurement(option, error / signal))
+        order: list[Job] = []
+        for _, alike in groupby(stream, lambda found: found[1].is_subtracted):
+            while batch := list(islice(alike, size)):
+                for p, decomposition in batch:
+                    order.append(jobs[p])
+                    self._see(*jobs[p], decomposition)
+                weights = [self.weights[jobs[p][0].name] for p, _ in batch]
+                found = [decomposition for _, decomposition in batch]
+                errors.append(self.curvature.squared_errors(weights, found, self.largest))
+        for (layer, option), error in zip(order, torch.cat(errors).tolist(), strict=True):
+            relative = error / max(self.signal[layer.name], 1e-30)
+            self.found[layer.name].append(Measurement(option, relative))
+
+    def _see(self, layer: Layer, option: Option, decomposition: Decomposition) -> None:
+        self.keep(layer, decomposition)
+        if option == self.spectrum:
+            w_OI, signal = self.weights[layer.name], self.signal[layer.name]
+            ranks = sorted({option.rank for option in self.formed} - {0})
+            delta = Operand.of(w_OI - decomposition.dense())
+            self.forms[layer.name] = ClosedForm.of(w_OI, delta, self.curvature, signal, ranks)
 
     def left(self, layer: Layer) -> list[Option]:
         """What was not measured."""

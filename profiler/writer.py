@@ -27,6 +27,7 @@ class Writer:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
         self._room = BoundedSemaphore(WAITING)
         self._error: BaseException | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def submit(self, task: Callable[[], object]) -> None:
         """Raises what an earlier task raised.
@@ -41,12 +42,24 @@ class Writer:
     def _run(self, task: Callable[[], object], present: torch.cuda.Event | None) -> None:
         try:
             if self._error is None:
-                with _beside(present):
+                with self._beside(present):
                     task()
         except BaseException as error:
             self._error = error
         finally:
             self._room.release()
+
+    @contextmanager
+    def _beside(self, present: torch.cuda.Event | None) -> Iterator[None]:
+        """While open, what this thread asks of the card follows on what is present and nothing else."""
+        if present is None:
+            yield
+            return
+        self._stream = self._stream or torch.cuda.Stream(present.device)
+        self._stream.wait_event(present)
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
 
     def __enter__(self) -> Writer:
         return self
@@ -62,16 +75,3 @@ class Writer:
 def _present() -> torch.cuda.Event | None:
     """What the card has been asked for until now."""
     return torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
-
-
-@contextmanager
-def _beside(present: torch.cuda.Event | None) -> Iterator[None]:
-    """While open, what this thread asks of the card follows on what is present and nothing else."""
-    if present is None:
-        yield
-        return
-    stream = torch.cuda.Stream(present.device)
-    stream.wait_event(present)
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()

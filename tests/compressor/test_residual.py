@@ -15,7 +15,8 @@ from torch import Tensor
 from compressor import residual as residuals
 from compressor.grid import Quantized
 from compressor.precision import ROOM, Operand, largest_of
-from compressor.residual import put_columns, residual, squared_distances
+from compressor.residual import put_columns, squared_distances
+from compressor.residual import residuals as residuals_of
 
 MakeTensor = Callable[..., Tensor]
 SHAPES = [(9, 31), (300, 140), (260, 256)]
@@ -72,20 +73,28 @@ def test_by_coroutines_a_matrix_beside_others(
     assert torch.equal(found_IO[:, :rows], w_IO) and not found_IO[:, rows:].any()
 
 
-def test_by_coroutines_how_far_matrices_are_apart(normal: MakeTensor, tmp_path: object) -> None:
-    a_IO, b_IO, part_B = normal(31, 200).half(), normal(31, 200, seed=1), torch.zeros(5)
-    types = ["unsigned short*", "float*", "float*", "int", "int", "int"]
-    played("squared_distance", types, tmp_path, a_IO, b_IO, part_B, 2, 31, 200)(5, 1)
-    assert part_B.sum().item() == pytest.approx((4 * a_IO.float() - b_IO).square().sum().item(), rel=1e-5)
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_by_coroutines_how_far_matrices_are_apart(
+    normal: MakeTensor, tmp_path: object, rows: int, columns: int
+) -> None:
+    a_IO, b_IO = normal(columns, rows + 4).half(), normal(columns, rows, seed=1)
+    grid = residuals._grid(rows, columns)
+    part_B = torch.zeros(grid[0] * grid[1])
+    types = ["unsigned short*", "float*", "float*", *["int"] * 5]
+    numbers = 2, rows % 4 == 0, rows, columns, rows + 4
+    played("squared_distance", types, tmp_path, a_IO, b_IO, part_B, *numbers)(*grid)
+    exact = (4 * a_IO[:, :rows].float() - b_IO).square().sum().item()
+    assert part_B.sum().item() == pytest.approx(exact, rel=1e-5)
 
 
 def test_on_a_cpu_both_are_exact(normal: MakeTensor) -> None:
     w_OI, quantized = matrices(normal, 20, 96)
-    found = residual(w_OI, quantized, largest_of(w_OI))
+    whole, (found,) = residuals_of([w_OI], [quantized], 20, largest_of(w_OI))
+    assert torch.equal(whole.dense(), found.dense())
     assert torch.equal(found.dense(), w_OI - quantized.dequantize())
     other_OI = normal(20, 96, seed=4)
     apart = (found.dense() - other_OI).square().sum()
-    assert torch.allclose(squared_distances([(found, other_OI)]), apart, rtol=1e-5)
+    assert torch.allclose(squared_distances([(found.T, other_OI.T.contiguous())]), apart, rtol=1e-5)
 
 
 @on_card
@@ -94,8 +103,10 @@ def test_on_cuda_what_quantizing_leaves(normal: MakeTensor, rows: int, columns: 
     w_OI, q = matrices(normal, rows, columns)
     code_OI, scale_OG, zero_OG = q.code_OI.T.cuda().T, q.scale_OG.cuda(), q.zero_OG.cuda()
     moved = replace(q, code_OI=code_OI, scale_OG=scale_OG, zero_OG=zero_OG)
-    found = residual(w_OI.T.cuda().T, moved, largest_of(w_OI) * ROOM)
+    pair = [w_OI.T.cuda().T, w_OI.T.cuda().T * 2]
+    _, (found, other) = residuals_of(pair, [moved, moved], rows, 2 * largest_of(w_OI) * ROOM)
     exact_OI = w_OI - q.dequantize()
+    assert torch.allclose(other.dense().cpu(), exact_OI + w_OI, rtol=2**-10, atol=1e-3)
     assert found.values.dtype == torch.float16 and found.values.stride(0) == 1
     assert torch.allclose(found.dense().cpu(), exact_OI, rtol=2**-10, atol=1e-3)
 
@@ -110,6 +121,8 @@ def test_on_cuda_a_matrix_beside_others(normal: MakeTensor, rows: int, columns: 
 
 @on_card
 def test_on_cuda_how_far_matrices_are_apart(normal: MakeTensor) -> None:
-    a_OI, b_OI = normal(3000, 1000), normal(3000, 1000, seed=1)
-    found = squared_distances([(Operand.of(a_OI.cuda()), b_OI.cuda())])
-    assert found.item() == pytest.approx((a_OI.double() - b_OI).square().sum().item(), rel=1e-3)
+    a_IO, b_IO = normal(1000, 3000), normal(1000, 1500, seed=1)
+    a = Operand.of(a_IO.cuda())[:, 1500:]
+    found = squared_distances([(a, b_IO.cuda())])
+    exact = (a_IO[:, 1500:].double() - b_IO).square().sum().item()
+    assert found.item() == pytest.approx(exact, rel=1e-3)

@@ -98,7 +98,7 @@ def test_block_by_block_statistics_are_those_of_the_whole_model(
 ) -> None:
     """The Hessians, the gradient moments and their layers, for a model of every architecture."""
     inputs = block_inputs(loaded, tmp_path)
-    found = gradient_moments(loaded, TOKENS_NT, 7, inputs)
+    found, _ = gradient_moments(loaded, TOKENS_NT, 7, inputs)
     hessians, moments = direct_moments(loaded, torch.cat(drawn).view(TOKENS_NT.shape))
     for layer in loaded.layers:
         expected = moments.get(layer.name, torch.zeros(layer.rows))
@@ -134,8 +134,7 @@ def test_the_worker_s_stream_has_the_hessians_and_weights_of_the_profile(
     loaded: LoadedModel, tmp_path: Path
 ) -> None:
     inputs = block_inputs(loaded, tmp_path)
-    gradient_moments(loaded, TOKENS_NT, 7, inputs)
-    calls = block_calls(loaded, TOKENS_NT)
+    _, calls = gradient_moments(loaded, TOKENS_NT, 7, inputs)
     (tmp_path / "stream").mkdir()
     layers = {layer.name: layer for layer in loaded.layers}
     for block in block_works(loaded, TOKENS_NT, tmp_path / "stream"):
@@ -176,7 +175,7 @@ def test_an_expert_that_no_token_reached_counts_its_plain_weight_error_at_its_ne
     loaded = load_model(find_model(str(model_directory("mixtral"))))
     one_NT = torch.full((1, 1), 5)
     inputs = [BlockInputs(tmp_path / f"{i}.f32", (1, 1, 64)) for i in range(2)]
-    gradients = gradient_moments(loaded, one_NT, 7, inputs)
+    gradients, _ = gradient_moments(loaded, one_NT, 7, inputs)
     experts = [
         moment
         for moment in input_moments(loaded, 0, block_calls(loaded, one_NT), inputs[0])
