@@ -37,7 +37,7 @@ from torch import Tensor
 from allocator.errors import BitrankError
 from allocator.storage import KEEP_BITS, Option, ceil_div
 from compressor.descent import descended
-from compressor.gptq import SingularHessianError, gptq, inverse_factor, rounded
+from compressor.gptq import Factor, SingularHessianError, inverse_factor, rounded
 from compressor.grid import Quantized, group_ranges, grouped
 from compressor.incoherence import restored, rotated, rotation
 from compressor.lowrank import (
@@ -81,6 +81,11 @@ class Curvature:
     @classmethod
     def of(cls, hessian_II: Tensor) -> Curvature:
         return cls(hessian_II.float(), square_root(hessian_II), inverse_factor(hessian_II))
+
+    @cached_property
+    def factor(self) -> Factor:
+        """The damped inverse factor, as rounding takes it."""
+        return Factor(self.factor_II)
 
     @cached_property
     def root(self) -> Root:
@@ -312,7 +317,10 @@ def _descended_of(
 
 def _gptq(targets: Sequence[Tensor], problems: Sequence[_Problem], curvature: Curvature) -> list[Quantized]:
     options = [problem.option for problem in problems]
-    return gptq(targets, curvature.factor_II, [o.bits for o in options], [o.group_size for o in options])
+    whole_IR, largest = torch.cat([w_OI.T for w_OI in targets], dim=1), max(p.largest for p in problems)
+    return rounded(
+        whole_IR, largest, curvature.factor, [o.bits for o in options], [o.group_size for o in options]
+    )
 
 
 def _alternate(
@@ -357,7 +365,7 @@ def _of_heads(problem: _Problem, curvature: Curvature) -> Factors:
     rows_of = [slice(first, first + height) for first in range(0, len(w_OI), height)]
     direction_HOr = leading_directions([weighted[rows] for rows in rows_of], option.rank)
     blocks = [whole[rows] for rows in rows_of]
-    left_rO, right_rI = stacked(blocks, list(direction_HOr), curvature.factor_II, option.factor_bits)
+    left_rO, right_rI, _ = stacked(blocks, list(direction_HOr), curvature.factor, option.factor_bits)
     return Factors(left_rO, right_rI, option.heads)
 
 
@@ -432,7 +440,7 @@ class _Starts:
         starts = [(id(p.weight_OI), 0, 0) for p in problem_of.values()]
         ranks = [p.option.rank for p in problem_of.values()]
         directions = [self.directions[s][:, :rank] for s, rank in zip(starts, ranks, strict=True)]
-        found = factorize([whole[s] for s in starts], directions, self.curvature.factor_II, bits)
+        found = factorize([whole[s] for s in starts], directions, self.curvature.factor, bits)
         self.parts |= dict(zip(problem_of, map(_Part, found, directions), strict=True))
 
     def plain_sums(self, problem: _Problem) -> Tensor:
@@ -536,7 +544,7 @@ def _refit(searches: Sequence[_Search], curvature: Curvature) -> None:
     for bits in sorted({s.option.factor_bits for s in searches}):
         members = [s for s in searches if s.option.factor_bits == bits]
         residuals, directions = [s.residual for s in members], [s.direction_Or for s in members]
-        found = factorize(residuals, directions, curvature.factor_II, bits)
+        found = factorize(residuals, directions, curvature.factor, bits)
         for search, fit in zip(members, found, strict=True):
             search.fit = fit
     before = [search.error for search in searches]
@@ -562,7 +570,7 @@ def _requantize(searches: Sequence[_Search], curvature: Curvature) -> None:
     options = [search.option for search in searches]
     bits, group_sizes = [o.bits for o in options], [o.group_size for o in options]
     largest = max(search.problem.largest for search in searches)
-    found = rounded(rest_IR, largest, curvature.factor_II, bits, group_sizes)
+    found = rounded(rest_IR, largest, curvature.factor, bits, group_sizes)
     del rest_IR
     _stand(searches, found, curvature)
 
@@ -589,17 +597,17 @@ def _polish(searches: Sequence[_Search], curvature: Curvature) -> None:
 
 def _sharpen(searches: Sequence[_Search]) -> None:
     """Directions a step nearer to the leading ones of (W − Q)S: the last round's are near already."""
-    for members in _by_rank(searches):
-        direction_POr = torch.stack([search.direction_Or for search in members])
-        found = sharpened([search.weighted for search in members], direction_POr)
-        for search, direction_Or in zip(members, found, strict=True):
-            search.direction_Or = direction_Or
+    bases = [search.direction_Or for search in searches]
+    found = sharpened([search.weighted for search in searches], bases)
+    for search, direction_Or in zip(searches, found, strict=True):
+        search.direction_Or = direction_Or
 
 
 def _consider(searches: Sequence[_Search], curvature: Curvature) -> None:
     """Measure where they stand, and keep what is the best so far."""
     rights = [search.fit.right_rI for search in searches]
-    weighted = through(Operand.of(torch.cat(rights)), curvature.root).split(list(map(len, rights)))
+    right = Operand.of(torch.cat(rights), 2 * max(search.fit.largest for search in searches))
+    weighted = through(right, curvature.root).split(list(map(len, rights)))
     errors = squared_distances(s.apart(part) for s, part in zip(searches, weighted, strict=True))
     for search, error in zip(searches, errors.tolist(), strict=True):
         search.error = error

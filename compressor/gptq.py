@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib.util import find_spec
 
 import torch
@@ -88,15 +88,37 @@ def gptq(
     sums run in another order, so that codes agree up to rounding.
     """
     w_IR = torch.cat([w_OI.T for w_OI in weights], dim=1)
-    return rounded(w_IR, largest_of(w_IR) if w_IR.is_cuda else 0.0, factor_II, bits, group_sizes)
+    largest = largest_of(w_IR) if w_IR.is_cuda else 0.0
+    return rounded(w_IR, largest, Factor(factor_II), bits, group_sizes)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """U as `inverse_factor` has it, and what spreading errors needs of it, found once."""
+
+    values_II: Tensor
+
+    @cached_property
+    def bounds(self) -> tuple[float, float]:
+        """Its largest entry, and the least of its diagonal, over which errors are spread."""
+        if not self.values_II.is_cuda:
+            return 0.0, 1.0
+        low, high = self.values_II.aminmax()
+        low, high, diagonal = torch.stack([low, high, self.values_II.diagonal().amin()]).tolist()
+        return max(-low, high), diagonal
+
+    @cached_property
+    def spreading(self) -> Operand:
+        """As a factor of products."""
+        return Operand.of(self.values_II, self.bounds[0])
 
 
 def rounded(
-    w_IR: Tensor, largest: float, factor_II: Tensor, bits: Sequence[int], group_sizes: Sequence[int]
+    w_IR: Tensor, largest: float, factor: Factor, bits: Sequence[int], group_sizes: Sequence[int]
 ) -> list[Quantized]:
     """As `gptq`, of the transposes of weights beside each other, which are used up; none is much above `largest`."""
     problems, rows = len(bits), w_IR.shape[1] // len(bits)
-    state = _State.of(w_IR, largest, factor_II, bits, group_sizes)
+    state = _State.of(w_IR, largest, factor, bits, group_sizes)
     round_block = _compiled(state)
     in_halves(round_block or _Leaf(state), state.spread, FUSED if round_block else LEAF, 0, len(state.w_IR))
     scale_SPO = state.scale_SR.view(-1, problems, rows)
@@ -113,14 +135,23 @@ def rounded(
     ]
 
 
-def round_to_nearest(w_OI: Tensor, bits: int, group_size: int) -> Quantized:
-    """Every group by itself, which is GPTQ under H = I; zeros that fill a group up to a whole leaf bend no grid."""
+def round_to_nearest(w_OI: Tensor, bits: int, group_size: int, largest: float | None = None) -> Quantized:
+    """Every group by itself, which is GPTQ under H = I; zeros that fill a group up to a whole leaf bend no grid.
+
+    No weight is above `largest`; it need not be given.
+    """
     rows, columns = w_OI.shape
     width = ceil_div(group_size, LEAF) * LEAF
     w_Rg = F.pad(grouped(w_OI, group_size).flatten(0, 1), (0, width - group_size))
-    (found,) = gptq(w_Rg[None], torch.eye(width, device=w_OI.device), [bits], [width])
+    largest = largest_of(w_OI) if largest is None else largest
+    (found,) = rounded(w_Rg.T.contiguous(), largest, _identity(width, w_OI.device), [bits], [width])
     code_OI = found.code_OI[:, :group_size].reshape(rows, -1)[:, :columns].contiguous()
     return Quantized(code_OI, found.scale_OG.view(rows, -1), found.zero_OG.view(rows, -1), bits, group_size)
+
+
+@cache
+def _identity(width: int, device: torch.device) -> Factor:
+    return Factor(torch.eye(width, device=device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,20 +173,20 @@ class _State:
         cls,
         w_IR: Tensor,
         largest: float,
-        factor_II: Tensor,
+        factor: Factor,
         bits: Sequence[int],
         group_sizes: Sequence[int],
     ) -> _State:
         scale_SR = w_IR.new_empty(ceil_div(len(w_IR), LEAF), w_IR.shape[1])
-        entry, diagonal = _bounds(factor_II)
+        _, diagonal = factor.bounds
         return cls(
             w_IR,
             Operand.empty(*w_IR.shape, w_IR.device, largest / diagonal * ROOM),
             torch.empty_like(w_IR, dtype=torch.uint8),
             scale_SR,
             torch.empty_like(scale_SR),
-            factor_II,
-            Operand.of(factor_II, entry),
+            factor.values_II,
+            factor.spreading,
             maximum_codes(tuple(bits), w_IR.device),
             tuple(group_sizes),
         )
@@ -164,15 +195,6 @@ class _State:
         """The errors of columns from `start` on, taken off the weights from `middle` on."""
         spread_II = self.spreading_II[start:middle, middle:end].T
         subtract_product(self.w_IR[middle:end], spread_II, self.error_IR[start:middle])
-
-
-def _bounds(factor_II: Tensor) -> tuple[float, float]:
-    """Its largest entry, and the least of its diagonal, over which errors are spread."""
-    if not factor_II.is_cuda:
-        return 0.0, 1.0
-    low, high = factor_II.aminmax()
-    low, high, diagonal = torch.stack([low, high, factor_II.diagonal().amin()]).tolist()
-    return max(-low, high), diagonal
 
 
 @cache

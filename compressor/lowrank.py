@@ -20,14 +20,16 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from allocator.storage import FACTOR_GROUP_SIZE, KEEP_BITS, ceil_div
-from compressor.gptq import DAMPING, SingularHessianError, cholesky, gptq, round_to_nearest
+from compressor.gptq import DAMPING, Factor, SingularHessianError, cholesky, round_to_nearest, rounded
 from compressor.grid import Quantized
-from compressor.precision import LARGEST, Operand, put_product, tensor_cores
+from compressor.precision import LARGEST, Operand, largest_of, put_product, tensor_cores
 from compressor.precision import product as product_of
 
 OVERSAMPLING = 8
@@ -42,6 +44,7 @@ DEPENDENT = 1e-5
 """Ratio of Cholesky pivots below which columns count as dependent."""
 
 
+Found = TypeVar("Found")
 Basis = Callable[[Tensor], Tensor]
 """Finds orthonormal bases of the columns of matrices, (P, n, k)."""
 
@@ -133,9 +136,22 @@ def leading_directions(weighted: Sequence[Operand], rank: int) -> Tensor:
     return (basis_POk.double() @ vector_Pkk.flip(-1)[..., :rank]).float()
 
 
-def sharpened(weighted: Sequence[Operand], basis_POk: Tensor) -> Tensor:
-    """One step of subspace iteration from orthonormal bases: nearer to the leading directions, in no order."""
-    return _trusted(partial(_sharpened, weighted, basis_POk))
+def sharpened(weighted: Sequence[Operand], bases: Sequence[Tensor]) -> list[Tensor]:
+    """One step of subspace iteration from orthonormal bases (O, k), each of a width of its own.
+
+    Nearer to the leading directions, in no order.
+    """
+    widths = [basis_Ok.shape[1] for basis_Ok in bases]
+    places = [[p for p in range(len(bases)) if widths[p] == width] for width in sorted(set(widths))]
+
+    def find(basis_of: Basis) -> list[Tensor]:
+        return [
+            _sharpened([weighted[p] for p in alike], torch.stack([bases[p] for p in alike]), basis_of)
+            for alike in places
+        ]
+
+    found = dict(zip(chain(*places), chain(*_trusted(find)), strict=True))
+    return [found[p] for p in range(len(bases))]
 
 
 def _sharpened(weighted: Sequence[Operand], basis_POk: Tensor, basis_of: Basis) -> Tensor:
@@ -163,7 +179,7 @@ def orthonormal(tall_Pnk: Tensor) -> Tensor:
     return _trusted(lambda basis_of: basis_of(tall_Pnk))
 
 
-def _trusted(find: Callable[[Basis], Tensor]) -> Tensor:
+def _trusted(find: Callable[[Basis], Found]) -> Found:
     """What `find` makes with bases by Cholesky factors; where columns depend on each other, with Householder's.
 
     Whether they do is asked once, after all is found: a card that is asked at every basis rests meanwhile.
@@ -199,11 +215,12 @@ def _inverse(lower_Pkk: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Factors, and both of them in float32."""
+    """Factors, and both of them in float32; no entry of R is much above `largest`."""
 
     factors: Factors
     left_rO: Tensor
     right_rI: Tensor
+    largest: float
 
     @property
     def left(self) -> Operand:
@@ -212,33 +229,34 @@ class Fit:
 
 
 def factorize(
-    residuals: Sequence[Operand], directions: Sequence[Tensor], factor_II: Tensor, factor_bits: int
+    residuals: Sequence[Operand], directions: Sequence[Tensor], factor: Factor, factor_bits: int
 ) -> list[Fit]:
     """Quantized factors of residuals (O, I) along orthonormal directions (O, r), each with a rank of its own.
 
-    factor from `gptq.inverse_factor`. All rows of all factors are rounded at once.
+    All rows of all factors are rounded at once.
     """
-    left_RO, right_RI = stacked(residuals, directions, factor_II, factor_bits)
     ranks = [direction_Or.shape[1] for direction_Or in directions]
+    left_RO, right_RI, largest = stacked(residuals, directions, factor, factor_bits)
     lefts, rights = dense(left_RO).split(ranks), dense(right_RI).split(ranks)
     fits, first = [], 0
     for rank, left_rO, right_rI in zip(ranks, lefts, rights, strict=True):
         part = slice(first, first + rank)
-        fits.append(Fit(Factors(_rows(left_RO, part), _rows(right_RI, part)), left_rO, right_rI))
+        fits.append(Fit(Factors(_rows(left_RO, part), _rows(right_RI, part)), left_rO, right_rI, largest))
         first = part.stop
     return fits
 
 
 def stacked(
-    residuals: Sequence[Operand], directions: Sequence[Tensor], factor_II: Tensor, factor_bits: int
-) -> tuple[Quantized | Tensor, Quantized | Tensor]:
-    """L and R as `factorize` has them, those of all residuals below each other."""
-    left_RO = _rounded(
-        torch.cat([direction_Or.T for direction_Or in directions]), factor_bits, round_to_nearest
-    )
-    lefts = dense(left_RO).split([direction_Or.shape[1] for direction_Or in directions])
-    right_RI = _rounded(fitted(lefts, residuals), factor_bits, partial(_round_right, factor_II))
-    return left_RO, right_RI
+    residuals: Sequence[Operand], directions: Sequence[Tensor], factor: Factor, factor_bits: int
+) -> tuple[Quantized | Tensor, Quantized | Tensor, float]:
+    """L and R as `factorize` has them, those of all residuals below each other, and what no entry of R is much above."""
+    left_RO = torch.cat([direction_Or.T for direction_Or in directions])
+    left_q = _rounded(left_RO, factor_bits, partial(round_to_nearest, largest=WIDEST_LEFT))
+    lefts = dense(left_q).split([direction_Or.shape[1] for direction_Or in directions])
+    right_RI = fitted(lefts, residuals)
+    largest = largest_of(right_RI)
+    right_q = _rounded(right_RI, factor_bits, partial(_round_right, factor, largest))
+    return left_q, right_q, largest
 
 
 def fitted(lefts: Sequence[Tensor], residuals: Sequence[Operand]) -> Tensor:
@@ -269,8 +287,8 @@ def _rounded(
     return factor_RI.bfloat16() if bits == KEEP_BITS else round_rows(factor_RI, bits, FACTOR_GROUP_SIZE)
 
 
-def _round_right(factor_II: Tensor, right_RI: Tensor, bits: int, group_size: int) -> Quantized:
-    return gptq(right_RI[None], factor_II, [bits], [group_size])[0]
+def _round_right(factor: Factor, largest: float, right_RI: Tensor, bits: int, group_size: int) -> Quantized:
+    return rounded(right_RI.T.contiguous(), largest, factor, [bits], [group_size])[0]
 
 
 def _rows(factor_RI: Quantized | Tensor, rows: slice) -> Quantized | Tensor:

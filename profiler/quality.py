@@ -19,7 +19,7 @@ from torch import Tensor
 
 from allocator.storage import KEEP_BITS, Option, layer_bytes
 from compressor.decompose import RankError
-from compressor.gptq import inverse_factor
+from compressor.gptq import Factor, inverse_factor
 from compressor.lowrank import factorize
 from compressor.precision import Operand
 from profiler.calibration import Progress, silent
@@ -88,8 +88,8 @@ def truncations(
 
 
 def _rounded(w_OI: Tensor, direction_Or: Tensor, factor_bits: int) -> Tensor:
-    factor_II = inverse_factor(torch.eye(w_OI.shape[1], device=w_OI.device))
-    return factorize([Operand.of(w_OI)], [direction_Or], factor_II, factor_bits)[0].factors.product()
+    factor = Factor(inverse_factor(torch.eye(w_OI.shape[1], device=w_OI.device)))
+    return factorize([Operand.of(w_OI)], [direction_Or], factor, factor_bits)[0].factors.product()
 
 
 def _truncation(name: str, rank: int, w_OI: Tensor, low_OI: Tensor, size_ratio: float) -> Truncation:

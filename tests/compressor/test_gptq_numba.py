@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compressor.decompose import squared_error
-from compressor.gptq import LEAF, _Leaf, _State, gptq, in_halves, inverse_factor
+from compressor.gptq import LEAF, Factor, _Leaf, _State, gptq, in_halves, inverse_factor
 from compressor.grid import Quantized
 
 MakeTensor = Callable[..., Tensor]
@@ -31,7 +31,7 @@ def problem(normal: MakeTensor, correlated: MakeTensor, rows: int, columns: int)
 
 
 def by_the_loop(w_POI: Tensor, factor_II: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    state = _State.of(torch.cat(list(w_POI.mT), dim=1), 0.0, factor_II, BITS, GROUP_SIZES)
+    state = _State.of(torch.cat(list(w_POI.mT), dim=1), 0.0, Factor(factor_II), BITS, GROUP_SIZES)
     in_halves(_Leaf(state), state.spread, LEAF, 0, len(state.w_IR))
     return state.code_IR, state.scale_SR, state.zero_SR
 

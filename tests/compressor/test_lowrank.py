@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.gptq import SingularHessianError, inverse_factor
+from compressor.gptq import Factor, SingularHessianError, inverse_factor
 from compressor.lowrank import (
     Factors,
     Root,
@@ -47,7 +47,7 @@ def tail_energy(residual_OI: Tensor, hessian_II: Tensor, rank: int) -> float:
 def factors_of(residual_OI: Tensor, hessian_II: Tensor, rank: int, bits: int = 16) -> Factors:
     residual = Operand.of(residual_OI)
     direction_Or = directions_of(residual_OI, square_root(hessian_II), rank)
-    return factorize([residual], [direction_Or], inverse_factor(hessian_II), bits)[0].factors
+    return factorize([residual], [direction_Or], Factor(inverse_factor(hessian_II)), bits)[0].factors
 
 
 def directions_of(residual_OI: Tensor, root_II: Tensor, rank: int) -> Tensor:
@@ -144,7 +144,7 @@ def test_problems_of_a_batch_keep_their_own_rank(
     directions = [
         directions_of(residual_OI, root_II, rank) for residual_OI, rank in zip(residuals, ranks, strict=True)
     ]
-    batch = factorize(list(map(Operand.of, residuals)), directions, inverse_factor(hessian_II), bits)
+    batch = factorize(list(map(Operand.of, residuals)), directions, Factor(inverse_factor(hessian_II)), bits)
     assert [fit.left_rO.shape for fit in batch] == [(2, 24), (5, 24), (3, 24)]
     for residual_OI, together, rank in zip(residuals, batch, ranks, strict=True):
         single = factors_of(residual_OI, hessian_II, rank, bits)
@@ -166,7 +166,7 @@ def test_sharpening_a_neighbouring_basis_leads_to_the_leading_directions(
     weighted = through(Operand.of(decaying(normal, 64, 96)), Root.of(square_root(correlated(96))))
     lead_1Or = leading_directions([weighted], 8)
     near_1Or = orthonormal(lead_1Or + 0.05 * normal(1, 64, 8))
-    found_1Or = sharpened([weighted], near_1Or)
+    found_1Or = torch.stack(sharpened([weighted], list(near_1Or)))
     kept, best = ((d_1Or.mT @ weighted.dense()).square().sum() for d_1Or in (found_1Or, lead_1Or))
     assert kept > 0.99 * best
 
