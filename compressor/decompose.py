@@ -41,6 +41,7 @@ from compressor.gptq import Factor, SingularHessianError, inverse_factor, rounde
 from compressor.grid import Quantized, group_ranges, grouped
 from compressor.incoherence import restored, rotated, rotation
 from compressor.lowrank import (
+    WIDEST_LEFT,
     Factors,
     Fit,
     Root,
@@ -53,7 +54,7 @@ from compressor.lowrank import (
     stacked,
     through,
 )
-from compressor.precision import ROOM, Operand, largest_of, product, tensor_cores
+from compressor.precision import ROOM, Operand, largest_of, product, subtract_product, tensor_cores
 from compressor.residual import put_columns, residuals, squared_distances
 
 ROUNDS = 4
@@ -105,7 +106,7 @@ class Curvature:
         if len(quantized) < len(found):
             deltas = Operand.of(torch.cat([w_OI - d.dense() for w_OI, d in pairs]))
         else:
-            rests = (d.rest(w_OI) for w_OI, d in pairs)
+            rests = (d.rest(w_OI, largest) for w_OI, d in pairs)
             deltas, _ = residuals(rests, quantized, len(weights[0]), ROOM * largest)
         return self.squared_norms(deltas, len(found))
 
@@ -130,10 +131,10 @@ class Curvature:
 
     def absorbed(self, rights: Sequence[Tensor]) -> list[bool]:
         """Whether each R (r, I), all of one rank, takes `LEAST_ABSORBED` of the trace."""
-        with tensor_cores():
-            reach_PIr = self.root_II @ self._orthonormal(rights)
-        share_P = reach_PIr.square().sum(dim=(1, 2)) / self.hessian_II.diagonal().sum()
-        return (share_P >= LEAST_ABSORBED).tolist()
+        basis_IR = torch.cat(tuple(self._orthonormal(rights)), dim=1)
+        reach_IR = product(self.root.values, Operand.of(basis_IR, 1.0))
+        taken_P = reach_IR.square_().sum(dim=0).unflatten(0, (len(rights), -1)).sum(dim=1)
+        return (taken_P >= LEAST_ABSORBED * self.hessian_II.diagonal().sum()).tolist()
 
     def _orthonormal(self, rights: Sequence[Tensor]) -> Tensor:
         """(P, I, r): bases of the columns of (RS)ᵀ."""
@@ -165,11 +166,16 @@ class Decomposition:
         """Whether its error is what remains of W when L·R and then Q, as they are stored, are taken off."""
         return self.quantized is not None and not self.option.rotated
 
-    def rest(self, w_OI: Tensor) -> Tensor:
-        """W − L·R of a matrix (O, I) that it was made of."""
+    def rest(self, w_OI: Tensor, largest: float) -> Tensor:
+        """W − L·R of a matrix (O, I) that it was made of, of which no entry is above `largest`.
+
+        R is W − Q along unit vectors of O entries, and no entry of W − Q is above twice the largest of W or so.
+        """
         if self.factors is None:
             return w_OI
-        return _rest(w_OI, dense(self.factors.left_rO), dense(self.factors.right_rI))
+        left = Operand.of(dense(self.factors.left_rO), WIDEST_LEFT)
+        right = Operand.of(dense(self.factors.right_rI), 4 * len(w_OI) ** 0.5 * largest)
+        return _rest(w_OI, left, right)
 
     def _whole(self) -> Tensor:
         if self.quantized is None:
@@ -455,7 +461,7 @@ class _Starts:
         key = _cut_of(problem), problem.option.group_size
         if key not in self.range_sums:
             fit = self.part(problem).fit
-            rest_OI = _rest(problem.weight_OI, fit.left_rO, fit.right_rI)
+            rest_OI = _rest(problem.weight_OI, fit.left, fit.right)
             self.range_sums[key] = range_sums(rest_OI, problem.option.group_size)
         return self.range_sums[key]
 
@@ -553,10 +559,11 @@ def _refit(searches: Sequence[_Search], curvature: Curvature) -> None:
         search.gained = search.error < error * (1 - LEAST_GAIN)
 
 
-def _rest(w_OI: Tensor, left_rO: Tensor, right_rI: Tensor) -> Tensor:
+def _rest(w_OI: Tensor, left: Operand, right: Operand) -> Tensor:
     """W − LR (O, I), in memory column by column."""
-    with tensor_cores():
-        return torch.addmm(w_OI.T, right_rI.T, left_rO, alpha=-1).T
+    rest_IO = w_OI.T.clone(memory_format=torch.contiguous_format)
+    subtract_product(rest_IO, right.T, left)
+    return rest_IO.T
 
 
 def _requantize(searches: Sequence[_Search], curvature: Curvature) -> None:
@@ -565,8 +572,7 @@ def _requantize(searches: Sequence[_Search], curvature: Curvature) -> None:
     rest_IR = weight_OI.new_empty(weight_OI.shape[1], len(searches) * len(weight_OI))
     for search, rest_IO in zip(searches, rest_IR.split(len(weight_OI), dim=1), strict=True):
         put_columns(rest_IO, search.problem.weight_OI.T)
-        with tensor_cores():
-            rest_IO.addmm_(search.fit.right_rI.T, search.fit.left_rO, alpha=-1)
+        subtract_product(rest_IO, search.fit.right.T, search.fit.left)
     options = [search.option for search in searches]
     bits, group_sizes = [o.bits for o in options], [o.group_size for o in options]
     largest = max(search.problem.largest for search in searches)
@@ -588,7 +594,7 @@ def _stand(searches: Sequence[_Search], quantized: Sequence[Quantized], curvatur
 def _polish(searches: Sequence[_Search], curvature: Curvature) -> None:
     """Better codes for the best Q, its factors as they are."""
     quantized = [search.best.quantized for search in searches if search.best.quantized is not None]
-    rests = [_rest(s.problem.weight_OI, s.best_fit.left_rO, s.best_fit.right_rI) for s in searches]
+    rests = [_rest(s.problem.weight_OI, s.best_fit.left, s.best_fit.right) for s in searches]
     largest = max(search.problem.largest for search in searches)
     polished = descended(rests, quantized, curvature.hessian_II, largest=largest)
     for search, better in zip(searches, polished, strict=True):

@@ -1,32 +1,36 @@
 // A block of 128 columns of GPTQ, or of descent, in one kernel. NVRTC compiles it, `gptq_cuda.py` launches it.
 //
-// A team of four warps works on 32 rows. Each warp holds a leaf of 32 columns of them, in registers, in the order in
-// which the tensor core adds products up. Leaves take turns, and so do the two tiles of 16 columns of a leaf: the warp
-// that holds a tile lays it out in shared memory, where every thread takes up a row of its own, rounds one column after
-// the other, and multiplies what each changes onto the later columns of the tile, in float32. The second tile first
-// takes what the first has changed, and when the leaf is done, all warps take that onto what they hold, by products of
-// the tensor core. While a warp rounds, the others of its team wait; further teams keep the multiprocessor busy, two
-// of which share the block's matrix.
+// A thread block works on 32 rows at a time. Each of its four warps holds a leaf of 32 columns of them, in registers, in
+// the order in which the tensor core adds products up. Leaves take turns, and so do the two tiles of 16 columns of a
+// leaf: the warp that holds a tile lays it out in shared memory, where every thread takes up a row of its own, rounds one
+// column after the other, and multiplies what each changes onto the later columns of the tile, in float32. The second
+// tile first takes what the first has changed, and when the leaf is done, all warps take it onto what they hold: these
+// are products of the tensor core.
 //
-// Within a tile numbers are in steps of the grid, and the matrix is divided by its diagonal. What a code changes by is
-// then a whole number, which float16 holds, and the matrix may be rounded to 11 bits. What is left of a weight when it
-// is rounded decides all later codes of its row: it and its matrix are two halves each, which keep 22 bits. The scale
-// multiplies products in float32.
+// Within a tile numbers are in steps of the grid. What a code changes by is then a whole number, which float16 holds;
+// what remains of a weight when it is rounded keeps 11 bits, and so does the block's matrix, divided by its diagonal. The
+// scale multiplies their products in float32.
 //
-// Grids are searched by all warps of a team, each two fractions of the range for all 32 rows, a row to a thread.
+// Grids are searched by all four warps, each two fractions of the range for all 32 rows, a row to a thread.
 //
 // A row never depends on another row. Rows beyond the last, and columns beyond `columns`, are zeros that nothing moves.
 // Defined when this is compiled: SETTLE or ROUND_BLOCK, SHRINKS, the eight fractions of the range that the grid search
-// tries, REFITS, SHARED_BYTES of a thread block, and RESIDENT, how many of them a multiprocessor is to hold.
+// tries, REFITS, and SHARED_BYTES, the shared memory of a thread block.
 
 constexpr int BLOCK = 128, LEAF = 32, LEAVES = BLOCK / LEAF, TILE = 16, TILES = BLOCK / TILE;
-constexpr int ROWS = 32, TEAMS = 2, THREADS = ROWS * LEAVES * TEAMS;
+constexpr int ROWS = 32, THREADS = ROWS * LEAVES;
 constexpr float TINY = 1e-30f, SMALLEST = 1.17549435e-38f;
 
-// 1.5 · 2²³: added to a number it leaves the nearest whole number, ties to even, and that in the lowest bits. What is
-// too far for that is clamped afterwards.
+// 1.5 · 2²³: added to a number it leaves the nearest whole number, ties to even, and that in the lowest bits. What is too
+// far for that is clamped afterwards.
 constexpr float WHOLE = 12582912.0f;
-constexpr unsigned ALL = ~0u;
+constexpr unsigned WHOLE_BITS = 0x4B400000u, ALL = ~0u;
+
+#ifdef SETTLE
+constexpr int PARTS = 1;
+#else
+constexpr int PARTS = 2;
+#endif
 
 extern __shared__ float shared[];
 
@@ -52,8 +56,7 @@ __device__ unsigned subtract_halves(unsigned a, unsigned b) {
     return both;
 }
 __device__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -66,17 +69,14 @@ __device__ float storable(float x) {
 
 __device__ float clamped(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
 
-// A thread: its team, the leaf that its warp holds, its row where it has one of its own, and where the tensor core has
-// it start, row `top` and column `left` of every eight.
+// A thread: the leaf that its warp holds, its row where it has one of its own, and where the tensor core has it start,
+// row `top` and column `left` of every eight.
 struct Place {
-    int team, leaf, row, top, left;
-    __device__ Place() {
-        team = threadIdx.x >> 7, leaf = threadIdx.x >> 5 & 3, row = threadIdx.x & 31;
-        top = row >> 2, left = (row & 3) * 2;
-    }
+    int leaf, row, top, left;
+    __device__ Place() { leaf = threadIdx.x >> 5, row = threadIdx.x & 31, top = row >> 2, left = (row & 3) * 2; }
 };
 
-// A thread's part of 16 columns of 32 rows: of every 8 columns and 16 rows, two columns of row `top` and of top + 8.
+// A thread's part of 16 columns of 32 rows: of every 8 columns and 16 rows, two columns of row `top` and of row top + 8.
 struct Tile {
     float of[2][2][4];
 };
@@ -97,14 +97,13 @@ template <typename Visit> __device__ void each(Held& held, Visit visit) {
 struct Extent {
     int rows, columns;
     __device__ bool whole() const { return rows >= ROWS && columns >= LEAF; }
-    __device__ bool has(int row, int column) const { return row < rows && column < columns; }
     template <typename Visit> __device__ void each(Held& held, const Place& at, Visit visit) const {
         if (whole()) return ::each(held, visit);
         ::each(held, [&](float& x, int row, int column) {
-            if (has(row + at.top, column + at.left)) visit(x, row, column);
+            if (row + at.top < rows && column + at.left < columns) visit(x, row, column);
         });
     }
-    // Visit the columns of a tile, of one row.
+    __device__ bool has(int row, int column) const { return row < rows && column < columns; }
     template <typename Visit> __device__ void each_of_row(int tile, int row, Visit visit) const {
         bool all = whole();
 #pragma unroll
@@ -138,26 +137,8 @@ __device__ void add(Tile& onto, const Tile& x, const Rows& by) {
     }
 }
 
-// In how many halves factors of products are, and from which tiles onto which there are products, and where they lie.
-#ifdef SETTLE
-constexpr int PARTS = 1, RIGHTS = TILES * TILES;
-__device__ bool needed(int, int) { return true; }
-__device__ int right_of(int tile, int onto) { return tile * TILES + onto; }
-#else
-constexpr int PARTS = 2, RIGHTS = TILES * (TILES - 1) / 2;
-__device__ bool needed(int tile, int onto) { return onto > tile; }
-__device__ int right_of(int tile, int onto) { return tile * (TILES - 1) - tile * (tile - 1) / 2 + onto - tile - 1; }
-#endif
-
-// The nearest halves of two numbers, which keep what these miss.
-__device__ unsigned taken_off(float& low, float& high) {
-    unsigned both = to_halves(low, high);
-    low -= from_half(both & 0xFFFF), high -= from_half(both >> 16);
-    return both;
-}
-
-// Of a product's left factor, 32 rows of 16 columns in float16. Which columns the tensor core takes together is free,
-// as long as both factors agree: columns 4 l to 4 l + 3 are of one thread, l = left / 2.
+// Of a product's left factor, 32 rows of 16 columns in float16. Which columns the tensor core takes together is free, as
+// long as both factors agree: columns 4 l to 4 l + 3 are of one thread, l = left / 2.
 struct Left {
     unsigned of[2][4];
 };
@@ -171,8 +152,9 @@ __device__ void add_product(Tile& sum, const Left& left, uint4 right) {
     }
 }
 
-// Changes of a leaf's codes, or what is left of its weights. 16 columns of a row are eight words; fours of them change
-// places with the row, so that neither storing nor loading has threads wait for a bank.
+// Changes of a leaf's codes, or what is left of its weights: the nearest halves, and where there are two parts what
+// these miss. 16 columns of a row are eight words; fours of them change places with the row, so that neither storing nor
+// loading has threads wait for a bank.
 struct Changes {
     uint4 of[PARTS][2][ROWS][2];
     __device__ void put(int tile, const float (&change)[TILE], int row) {
@@ -183,12 +165,13 @@ struct Changes {
         for (int part = 0; part < PARTS; part++) {
             unsigned word[TILE / 2];
 #pragma unroll
-            for (int i = 0; i < TILE; i += 2) word[i / 2] = taken_off(rest[i], rest[i + 1]);
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const unsigned* four = word + 4 * i;
-                of[part][tile][row][i ^ (row >> 2 & 1)] = {four[0], four[1], four[2], four[3]};
+            for (int i = 0; i < TILE; i += 2) {
+                word[i / 2] = to_halves(rest[i], rest[i + 1]);
+                rest[i] -= from_half(word[i / 2] & 0xFFFF), rest[i + 1] -= from_half(word[i / 2] >> 16);
             }
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                of[part][tile][row][i ^ (row >> 2 & 1)] = {word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]};
         }
     }
     __device__ Left left(int part, int tile, const Place& at) const {
@@ -203,7 +186,7 @@ struct Changes {
     }
 };
 
-// 32 rows of WIDTH columns laid out: the eight fours of a leaf's columns change places with the row, for that reason.
+// 32 rows of WIDTH columns laid out: the eight fours of a leaf's columns change places with the row, for the same reason.
 template <int WIDTH> struct Layout {
     float4 of[ROWS][WIDTH / 4];
     static __device__ int turn(int row) { return (row & 3) << 1 | (row >> 2 & 1); }
@@ -214,8 +197,7 @@ template <int WIDTH> struct Layout {
         int turned = turn(at.top) ^ at.left >> 2;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            int eight = i / 4, sixteen = i / 2 % 2, k = i % 2 * 2;
-            int place = leaf * 8 + ((first + 8 * eight) / 4 ^ turned);
+            int eight = i / 4, sixteen = i / 2 % 2, k = i % 2 * 2, place = leaf * 8 + ((first + 8 * eight) / 4 ^ turned);
             float2* half = (float2*)&of[8 * (i % 4) + at.top][place];
             half[at.left >> 1 & 1] = {tile.of[eight][sixteen][k], tile.of[eight][sixteen][k + 1]};
         }
@@ -236,8 +218,18 @@ template <int WIDTH> struct Layout {
     }
 };
 
-// The block's matrix over its diagonal, zero onto columns that it does not have, anything from these: from tile to tile
-// in float16, in the order in which threads take it up, and within tiles in float32.
+#ifdef SETTLE
+constexpr int RIGHTS = TILES * TILES;
+__device__ int right_of(int tile, int onto) { return tile * TILES + onto; }
+__device__ bool needed(int, int) { return true; }
+#else
+constexpr int RIGHTS = TILES * (TILES - 1) / 2;
+__device__ int right_of(int tile, int onto) { return tile * (TILES - 1) - tile * (tile - 1) / 2 + onto - tile - 1; }
+__device__ bool needed(int tile, int onto) { return onto > tile; }
+#endif
+
+// The block's matrix over its diagonal, zero onto columns that it does not have, and anything from these: from tile to
+// tile, those that the kernel needs, in float16, in the order in which threads take it up, and within tiles in float32.
 struct Matrix {
     uint4 right[PARTS][RIGHTS][32];
     float4 within[TILES][TILE][TILE / 4];
@@ -245,10 +237,8 @@ struct Matrix {
 
     __device__ void share(const float* matrix, long down, long right_by, int columns) {
         int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, last = columns - 1;
-        for (int i = threadIdx.x; i < BLOCK; i += THREADS) {
-            diagonal[i] = matrix[min(i, last) * (down + right_by)];
-            inverse[i] = i < columns ? 1.0f / diagonal[i] : 0;
-        }
+        diagonal[threadIdx.x] = matrix[min((int)threadIdx.x, last) * (down + right_by)];
+        inverse[threadIdx.x] = threadIdx.x < columns ? 1.0f / diagonal[threadIdx.x] : 0;
         __syncthreads();
         auto over_diagonal = [&](float value, int from, int onto) {
 #ifdef SETTLE
@@ -258,10 +248,10 @@ struct Matrix {
 #endif
         };
 #pragma unroll 1
-        for (int other = warp; other < TILES; other += THREADS / 32) {
+        for (int other = warp; other < TILES; other += LEAVES) {
             int onto = other * TILE + (lane >> 2);
             const float* top[2] = {matrix + min(onto, last) * right_by, matrix + min(onto + 8, last) * right_by};
-#pragma unroll 2
+#pragma unroll 4
             for (int tile = 0; tile < TILES; tile++) {
                 int from = tile * TILE + (lane & 3) * 4;
                 float value[2][4];
@@ -278,8 +268,9 @@ struct Matrix {
                     unsigned word[4];
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        float* two = value[i / 2] + i % 2 * 2;
-                        word[i] = taken_off(two[0], two[1]);
+                        float &one = value[i / 2][i % 2 * 2], &next = value[i / 2][i % 2 * 2 + 1];
+                        word[i] = to_halves(one, next);
+                        one -= from_half(word[i] & 0xFFFF), next -= from_half(word[i] >> 16);
                     }
                     right[part][right_of(tile, other)][lane] = {word[0], word[1], word[2], word[3]};
                 }
@@ -288,11 +279,11 @@ struct Matrix {
 #pragma unroll 8
         for (int i = threadIdx.x; i < BLOCK * TILE; i += THREADS) {
             int from = i / TILE, onto = from / TILE * TILE + i % TILE;
-            float value = matrix[min(from, last) * down + min(onto, last) * right_by];
-            ((float*)within)[i] = over_diagonal(value, from, onto);
+            ((float*)within)[i] = over_diagonal(matrix[min(from, last) * down + min(onto, last) * right_by], from, onto);
         }
     }
 };
+static_assert(THREADS == BLOCK && TILES == 2 * LEAVES, "a thread has a diagonal entry, a warp two tiles to come from");
 
 // Visit the columns of a tile in turn; what a visit returns is multiplied onto the later ones.
 template <typename Visit>
@@ -311,7 +302,7 @@ __device__ void in_turn(float (&x)[TILE], float (&change)[TILE], const float4 (&
     }
 }
 
-// What a tile of a leaf has changed, times the matrix onto another tile, but for the product of two second halves.
+// What tile `tile` of a leaf has changed, times the matrix onto another tile; of what two second parts would add, nothing.
 __device__ void add_changes(
     Tile& sum, const Changes& changes, const Matrix& matrix, int leaf, int tile, int onto, const Place& at
 ) {
@@ -329,7 +320,7 @@ __device__ void spread(
     Held& held, const Changes& changes, const Matrix& matrix, int leaf, const float* scale, const Place& at
 ) {
     Held sum = {};
-#pragma unroll
+#pragma unroll 1
     for (int tile = 0; tile < 2; tile++)
 #pragma unroll
         for (int onto = 0; onto < 2; onto++)
@@ -339,16 +330,14 @@ __device__ void spread(
     for (int onto = 0; onto < 2; onto++) add(held.tile[onto], sum.tile[onto], by);
 }
 
-// Round a tile of the leaf that this warp holds, `visit` as for `in_turn`, for the thread's row. What the first tile
-// has changed is taken onto the second before that is laid out; what is held stays as it is. Weights as they were when
-// they were rounded, in steps, are left where the tile was laid out.
+// Round a tile of the leaf that this warp holds, `visit` as for `in_turn`, for the thread's row. What the first tile has
+// changed is taken onto the second before that is laid out; what is held stays as it is.
 template <int WIDTH, typename Visit>
 __device__ void round_tile(
     int tile, const Held& held, Layout<WIDTH>& layout, Changes& changes, const Matrix& matrix, const float* scale,
     const Place& at, Visit visit
 ) {
     int leaf = WIDTH == BLOCK ? at.leaf : 0;
-    float per_scale = 1.0f / scale[at.row];
     Tile now = held.tile[0];
     if (tile) {
         Tile sum = {};
@@ -358,42 +347,44 @@ __device__ void round_tile(
     }
     layout.put(now, leaf, tile * TILE, at);
     __syncwarp();
-    float x[TILE], change[TILE];
+    float x[TILE], change[TILE], per_scale = 1.0f / scale[at.row];
     layout.take(x, leaf, tile * TILE, at.row);
 #pragma unroll
     for (int i = 0; i < TILE; i++) x[i] *= per_scale;
     in_turn(x, change, matrix.within[2 * at.leaf + tile], visit);
     changes.put(tile, change, at.row);
-#ifdef ROUND_BLOCK
     layout.put_back(x, leaf, tile * TILE, at.row);
-#endif
     __syncwarp();
 }
 
-// Where the block starts in a kernel's tensors.
-#define GO_TO_BLOCK(values_IR, changes_IR, matrix_II)                                        \
-    long before_it = (long)start * stride, slots_before = (long)(start / LEAF) * stride;     \
-    values_IR += before_it, changes_IR += before_it, code_IR += before_it;                   \
-    matrix_II += (long)start * (down + right), scale_SR += slots_before, zero_SR += slots_before;
+// Where the block starts in a kernel's tensors, and which rows of it are at hand.
+#define GO_TO_BLOCK(values_IR, changes_IR, matrix_II)                                                 \
+    long before_it = (long)start * stride;                                                            \
+    values_IR += before_it, changes_IR += before_it, code_IR += before_it;                            \
+    matrix_II += (long)start * (down + right), scale_SR += start / LEAF * stride, zero_SR += start / LEAF * stride;
 
 #ifdef SETTLE
 
-// A code plus WHOLE, from a byte.
 __device__ float with_whole(unsigned packed, int byte) {
-    return __uint_as_float(__byte_perm(packed, __float_as_uint(WHOLE), 0x7650 + byte));
+    return __uint_as_float(__byte_perm(packed, WHOLE_BITS, 0x7650 + byte));
 }
 
 // The lowest bytes of four numbers.
-__device__ unsigned packed(const unsigned* of) {
-    return __byte_perm(__byte_perm(of[0], of[1], 0x40), __byte_perm(of[2], of[3], 0x40), 0x5410);
+__device__ unsigned packed(const float* x) {
+    unsigned low = __byte_perm(__float_as_uint(x[0]), __float_as_uint(x[1]), 0x40);
+    return __byte_perm(low, __byte_perm(__float_as_uint(x[2]), __float_as_uint(x[3]), 0x40), 0x5410);
+}
+
+__device__ unsigned joined(const unsigned* bytes) {
+    return __byte_perm(__byte_perm(bytes[0], bytes[1], 0x40), __byte_perm(bytes[2], bytes[3], 0x40), 0x5410);
 }
 
 // Codes of 32 rows, a leaf's in two fours of words; a further one keeps threads from waiting for a bank.
 struct Codes {
     uint4 of[ROWS][BLOCK / 16 + 1];
     __device__ unsigned char* at(int row, int column) { return (unsigned char*)of[row] + column; }
-    // Levels, code − zero, of 16 columns from `column` on: 1024 + code is 1024 and code in the bits of float16, and
-    // `base` has 1024 + zero of the thread's rows twice.
+    // Levels, code − zero, of 16 columns from `column` on: 1024 + code is 1024 and code in the bits of float16, and `base`
+    // has 1024 + zero of the thread's rows twice.
     __device__ Left levels(int column, const unsigned (&base)[4], const Place& place) {
         Left found;
 #pragma unroll
@@ -406,21 +397,16 @@ struct Codes {
     }
 };
 
-// Of a team of warps, which have the same rows.
-struct Team {
+struct Shared {
+    Matrix matrix;
     Changes changes[2];
     Layout<LEAF> layout;
     Codes codes;
     float scale[LEAVES][ROWS], zero[LEAVES][ROWS], slope[LEAVES][ROWS], curve[LEAVES][ROWS];
-};
-
-struct Shared {
-    Matrix matrix;
-    Team team[TEAMS];
     int stride;
 };
 
-__device__ void move_codes(Held& held, const Matrix& matrix, Team& in, float maximum, int leaves, const Place& at) {
+__device__ void move_codes(Held& held, Shared& in, float maximum, int leaves, const Place& at) {
     for (int leaf = 0; leaf < leaves; leaf++) {
         Changes& changes = in.changes[leaf % 2];
         if (leaf == at.leaf) {
@@ -428,11 +414,10 @@ __device__ void move_codes(Held& held, const Matrix& matrix, Team& in, float max
             for (int tile = 0; tile < 2; tile++) {
                 uint4& own = in.codes.of[at.row][2 * leaf + tile];
                 unsigned code[4] = {own.x, own.y, own.z, own.w};
-                unsigned moved[4];
-                round_tile(tile, held, in.layout, changes, matrix, in.scale[leaf], at, [&](int column, float pull) {
+                float moved[4];
+                round_tile(tile, held, in.layout, changes, in.matrix, in.scale[leaf], at, [&](int column, float pull) {
                     float before = with_whole(code[column / 4], column % 4);
-                    float now = clamped(before + pull, WHOLE, WHOLE + maximum);
-                    moved[column % 4] = __float_as_uint(now);
+                    float now = moved[column % 4] = clamped(before + pull, WHOLE, WHOLE + maximum);
                     if (column % 4 == 3) code[column / 4] = packed(moved);
                     return before - now;
                 });
@@ -440,14 +425,12 @@ __device__ void move_codes(Held& held, const Matrix& matrix, Team& in, float max
             }
         }
         __syncthreads();
-        spread(held, changes, matrix, leaf, in.scale[leaf], at);
+        spread(held, changes, in.matrix, leaf, in.scale[leaf], at);
     }
 }
 
 // Of the leaf that a warp holds, what its columns add to g·l and to lᵀHl of every row, if the levels l are its own.
-__device__ void measure(
-    const Matrix& matrix, Team& in, const Held& held, const Held& onto, int group, const Place& at
-) {
+__device__ void measure(Shared& in, Held& held, Held& onto, int group, const Place& at) {
     Rows zero(in.zero[group], at);
     float slope[2][2] = {}, curve[2][2] = {};
 #pragma unroll
@@ -457,11 +440,12 @@ __device__ void measure(
         unsigned codes = *(const unsigned short*)in.codes.at(16 * sixteen + 8 * half + at.top, column);
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-            float level = with_whole(codes, k) - (WHOLE + zero.of[sixteen][half]);
-            float weighted = level * matrix.diagonal[column + k];
-            float &g = slope[sixteen][half], &h = curve[sixteen][half];
-            g = fmaf(held.tile[tile].of[eight][sixteen][2 * half + k], weighted, g);
-            h = fmaf(onto.tile[tile].of[eight][sixteen][2 * half + k], weighted, h);
+            float level = __uint_as_float(WHOLE_BITS | (codes >> 8 * k & 255)) - (WHOLE + zero.of[sixteen][half]);
+            float weighted = level * in.matrix.diagonal[column + k];
+            float& own_slope = slope[sixteen][half];
+            float& own_curve = curve[sixteen][half];
+            own_slope = fmaf(held.tile[tile].of[eight][sixteen][2 * half + k], weighted, own_slope);
+            own_curve = fmaf(onto.tile[tile].of[eight][sixteen][2 * half + k], weighted, own_curve);
         }
     }
 #pragma unroll
@@ -473,27 +457,22 @@ __device__ void measure(
     }
 }
 
-__device__ void move_scales(
-    Held& held, const Matrix& matrix, Team& in, int leaves_of_group, int leaves, const Place& at
-) {
+__device__ void move_scales(Held& held, Shared& in, int leaves_of_group, int leaves, const Place& at) {
     for (int group = 0; group < leaves; group += leaves_of_group) {
         int end = min(group + leaves_of_group, leaves);
         Held onto = {};
         unsigned base[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            unsigned zero = __float_as_uint(WHOLE + in.zero[group][8 * i + at.top]) & 255;
-            base[i] = 0x64006400u + zero * 0x10001u;
-        }
+        for (int i = 0; i < 4; i++) base[i] = 0x64006400u + (unsigned)in.zero[group][8 * i + at.top] * 0x10001u;
 #pragma unroll 1
         for (int tile = 2 * group; tile < 2 * end; tile++) {
             Left left = in.codes.levels(tile * TILE, base, at);
 #pragma unroll
             for (int i = 0; i < 2; i++)
-                add_product(onto.tile[i], left, matrix.right[0][right_of(tile, 2 * at.leaf + i)][at.row]);
+                add_product(onto.tile[i], left, in.matrix.right[0][right_of(tile, 2 * at.leaf + i)][at.row]);
         }
         bool own = group <= at.leaf && at.leaf < end;
-        if (own) measure(matrix, in, held, onto, group, at);
+        if (own) measure(in, held, onto, group, at);
         float now = in.scale[group][at.row], slope = 0, curve = 0;
         __syncthreads();
         for (int leaf = group; leaf < end; leaf++) slope += in.slope[leaf][at.row], curve += in.curve[leaf][at.row];
@@ -508,29 +487,6 @@ __device__ void move_scales(
     __syncthreads();
 }
 
-// Codes and scale of a thread's row and leaf, and what was added to Q since they were loaded.
-__device__ void store_codes(
-    const Team& in, const Extent& extent, unsigned short* change_IR, unsigned char* code_IR, float* scale_SR, float by,
-    int base, int stride, const Place& at
-) {
-    float zero = WHOLE + in.zero[at.leaf][at.row], now = in.scale[at.leaf][at.row];
-    float& scale = scale_SR[at.leaf * stride + base + at.row];
-    float before = scale;
-    scale = now;
-#pragma unroll 1
-    for (int tile = 0; tile < 2; tile++) {
-        int first = (at.leaf * LEAF + tile * TILE) * stride + base + at.row;
-        uint4 own = in.codes.of[at.row][2 * at.leaf + tile];
-        unsigned code[4] = {own.x, own.y, own.z, own.w}, old[TILE] = {};
-        extent.each_of_row(tile, at.row, [&](int i) { old[i] = (code_IR + first)[i * stride]; });
-        extent.each_of_row(tile, at.row, [&](int i) {
-            float change = (with_whole(code[i / 4], i % 4) - zero) * now - (with_whole(old[i], 0) - zero) * before;
-            (change_IR + first)[i * stride] = to_half(change * by);
-            (code_IR + first)[i * stride] = (unsigned char)(code[i / 4] >> 8 * (i % 4));
-        });
-    }
-}
-
 // Codes, scales and codes again; change, in float16, is 2^exponent times what was added to Q.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) settle(
     float* pull_IR, unsigned short* change_IR, unsigned char* code_IR, float* scale_SR, const float* zero_SR,
@@ -538,51 +494,61 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) settle(
     int right, int start, int columns
 ) {
     static_assert(sizeof(Shared) <= SHARED_BYTES, "more shared memory than is asked for");
-    Shared& all = *(Shared*)shared;
+    Shared& in = *(Shared*)shared;
     GO_TO_BLOCK(pull_IR, change_IR, damped_II)
-    const Matrix& matrix = all.matrix;
-    all.matrix.share(damped_II, down, right, columns);
-    all.stride = stride;
+    in.matrix.share(damped_II, down, right, columns);
     Place at;
-    Team& in = all.team[at.team];
     int leaves = (columns + LEAF - 1) / LEAF, leaves_of_group = leaves_P[blockIdx.y];
     float maximum = maximum_P[blockIdx.y], by = ldexpf(1.0f, exponent);
-    for (int block = blockIdx.x; block * TEAMS * ROWS < rows; block += gridDim.x) {
-        int first = (block * TEAMS + at.team) * ROWS, base = blockIdx.y * rows + first;
-        int own = at.leaf * LEAF * stride + base;
+    for (int first = blockIdx.x * ROWS; first < rows; first += gridDim.x * ROWS) {
+        int base = blockIdx.y * rows + first, own = at.leaf * LEAF * stride + base;
         Extent extent = {rows - first, columns - at.leaf * LEAF};
         float* pulls = pull_IR + own + at.left * stride + at.top;
+        const float *diagonal = in.matrix.diagonal + at.leaf * LEAF + at.left, *inverse = diagonal + BLOCK;
         Held held = {};
         extent.each(held, at, [&](float& pull, int row, int column) { pull = (pulls + column * stride)[row]; });
+        each(held, [&](float& pull, int, int column) { pull *= inverse[column]; });
         int first_leaf = at.leaf / leaves_of_group * leaves_of_group, slot = first_leaf * stride + base + at.row;
         bool there = first_leaf < leaves && at.row < extent.rows;
         float scale = there ? scale_SR[slot] : 1, zero = there ? zero_SR[slot] : 0;
-        unsigned absent = __float_as_uint(WHOLE + zero);
-        const unsigned char* codes = code_IR + own + at.row;
+        in.scale[at.leaf][at.row] = scale, in.zero[at.leaf][at.row] = zero, in.stride = stride;
+        unsigned char* codes = code_IR + own + at.row;
+        uint4 before[2];
 #pragma unroll
         for (int tile = 0; tile < 2; tile++) {
             unsigned code[TILE];
 #pragma unroll
             for (int i = 0; i < TILE; i++) {
                 int column = tile * TILE + i;
-                code[i] = extent.has(at.row, column) ? codes[column * stride] : absent;
+                code[i] = extent.has(at.row, column) ? codes[column * stride] : (unsigned)zero;
             }
-            uint4& own_codes = in.codes.of[at.row][2 * at.leaf + tile];
-            own_codes = {packed(code), packed(code + 4), packed(code + 8), packed(code + 12)};
+            before[tile] = {joined(code), joined(code + 4), joined(code + 8), joined(code + 12)};
+            in.codes.of[at.row][2 * at.leaf + tile] = before[tile];
         }
-        const float *diagonal = matrix.diagonal + at.leaf * LEAF + at.left, *inverse = diagonal + BLOCK;
-        each(held, [&](float& pull, int, int column) { pull *= inverse[column]; });
-        in.scale[at.leaf][at.row] = scale, in.zero[at.leaf][at.row] = zero;
         __syncthreads();
         for (int again = 0; again < 2; again++) {
-            move_codes(held, matrix, in, maximum, leaves, at);
-            if (!again) move_scales(held, matrix, in, leaves_of_group, leaves, at);
+            move_codes(held, in, maximum, leaves, at);
+            if (!again) move_scales(held, in, leaves_of_group, leaves, at);
         }
-        int apart = all.stride;  // the same, but no address need be kept in a register from the beginning
+        int apart = in.stride;  // the same, but no address need be kept in a register from the beginning
         extent.each(held, at, [&](float& pull, int row, int column) {
             (pulls + column * apart)[row] = pull * diagonal[column];
         });
-        if (extent.has(at.row, 0)) store_codes(in, extent, change_IR, code_IR, scale_SR, by, base, apart, at);
+        float moved = in.scale[at.leaf][at.row];
+        if (at.row < extent.rows && extent.columns > 0) scale_SR[at.leaf * stride + base + at.row] = moved;
+        unsigned short* changes = change_IR + own + at.row;
+#pragma unroll 1
+        for (int tile = 0; tile < 2; tile++) {
+            uint4 was = tile ? before[1] : before[0], is = in.codes.of[at.row][2 * at.leaf + tile];
+            unsigned old[4] = {was.x, was.y, was.z, was.w}, code[4] = {is.x, is.y, is.z, is.w};
+            auto store = [&](int i) {
+                float level = with_whole(code[i / 4], i % 4) - (WHOLE + zero);
+                float change = level * moved - (with_whole(old[i / 4], i % 4) - (WHOLE + zero)) * scale;
+                int place = (tile * TILE + i) * apart;
+                changes[place] = to_half(change * by), codes[place] = (unsigned char)(code[i / 4] >> 8 * (i % 4));
+            };
+            extent.each_of_row(tile, at.row, store);
+        }
         __syncthreads();
     }
 }
@@ -598,38 +564,31 @@ struct Grid {
     float scale, zero, loss;
 };
 
-// Of a team of warps, which have the same rows.
-struct Team {
+struct Shared {
+    Matrix matrix;
     Changes changes[2];
     Layout<BLOCK> layout;
     Grid best[LEAVES][ROWS];
     float scale[LEAVES][ROWS], zero[LEAVES][ROWS], norm[LEAVES][ROWS], product[LEAVES][ROWS], missed[LEAVES][ROWS];
 };
 
-struct Shared {
-    Matrix matrix;
-    Team team[TEAMS];
-};
-
 // Levels of a row's nearest codes on a grid.
 struct Levels {
-    float low, high, per_scale;
-    __device__ Levels(float scale, float zero, float maximum) {
-        low = WHOLE - zero, high = WHOLE + maximum - zero, per_scale = 1.0f / scale;
+    float low, high, scale, per_scale;
+    __device__ Levels(float scale_, float zero, float maximum) {
+        low = WHOLE - zero, high = WHOLE + maximum - zero, scale = scale_, per_scale = 1.0f / scale_;
     }
     __device__ float of(float w) const { return clamped(fmaf(w, per_scale, WHOLE), low, high) - WHOLE; }
+    __device__ float error(float w, float weight) const { return fmaf(of(w), scale, -w) * weight; }
 };
 
-// Visit a thread's weights from one column to another, eight at a time, with the inverse of the factor's diagonal.
-template <typename Visit>
-__device__ void each_weight(const Matrix& matrix, const Team& in, int first, int end, int row, Visit visit) {
+// Visit a thread's weights from one column to another, with the inverse of the factor's diagonal.
+template <typename Visit> __device__ void each_weight(Shared& in, int first, int end, int row, Visit visit) {
 #pragma unroll 1
-    for (int column = first; column < end; column += 8)
-#pragma unroll
-        for (int i = 0; i < 8; i += 4) {
-            float4 w = in.layout.four(row, column + i), inverse = *(const float4*)&matrix.inverse[column + i];
-            visit(w.x, inverse.x), visit(w.y, inverse.y), visit(w.z, inverse.z), visit(w.w, inverse.w);
-        }
+    for (int column = first; column < end; column += 4) {
+        float4 w = in.layout.four(row, column), inverse = *(const float4*)&in.matrix.inverse[column];
+        visit(w.x, inverse.x), visit(w.y, inverse.y), visit(w.z, inverse.z), visit(w.w, inverse.w);
+    }
 }
 
 // What all warps have found of a thread's row.
@@ -637,33 +596,28 @@ __device__ float summed(const float (&part)[LEAVES][ROWS], int row) {
     return (part[0][row] + part[1][row]) + (part[2][row] + part[3][row]);
 }
 
-// Of a group from one column to another, the best grid among the fractions that this warp tries. Codes are clamped as
-// shares of the largest, since clamping to 0 … 1 costs nothing.
-__device__ Grid tried(const Matrix& matrix, const Team& in, float maximum, int first, int end, const Place& at) {
+// Of a group from one column to another, the best grid among the fractions that this warp tries.
+__device__ Grid tried(Shared& in, float maximum, int first, int end, const Place& at) {
     float low = 0, high = 0, loss[SHARE][2] = {};
-    each_weight(matrix, in, first, end, at.row, [&](float w, float) { low = fminf(low, w), high = fmaxf(high, w); });
-    float span = fmaxf(high - low, TINY), per_maximum = 1.0f / maximum;
-    float scale[SHARE], per_step[SHARE], zero[SHARE][2];
+    each_weight(in, first, end, at.row, [&](float w, float) { low = fminf(low, w), high = fmaxf(high, w); });
+    float span = fmaxf(high - low, TINY), scale[SHARE], per_scale[SHARE], zero[SHARE][2];
 #pragma unroll
     for (int i = 0; i < SHARE; i++) {
         float shrink = shrinks[at.leaf * SHARE + i];
-        scale[i] = storable(span * shrink / maximum), per_step[i] = 1.0f / scale[i] * per_maximum;
+        scale[i] = storable(span * shrink / maximum), per_scale[i] = 1.0f / scale[i];
         float below = floorf(-low * shrink / scale[i]);
         zero[i][0] = clamped(below, 0, maximum), zero[i][1] = clamped(below + 1, 0, maximum);
     }
-    each_weight(matrix, in, first, end, at.row, [&](float w, float weight) {
-        float weighted = w * weight;
+    each_weight(in, first, end, at.row, [&](float w, float weight) {
 #pragma unroll
-        for (int i = 0; i < SHARE; i++) {
-            float step = scale[i] * weight;
+        for (int i = 0; i < SHARE; i++)
 #pragma unroll
             for (int k = 0; k < 2; k++) {
-                float share = __saturatef(fmaf(w, per_step[i], zero[i][k] * per_maximum));
-                float level = fmaf(share, maximum, WHOLE) - (WHOLE + zero[i][k]);
-                float error = fmaf(level, step, -weighted);
+                float nearest = fmaf(w, per_scale[i], WHOLE);
+                float level = clamped(nearest, WHOLE - zero[i][k], WHOLE + maximum - zero[i][k]) - WHOLE;
+                float error = fmaf(level, scale[i], -w) * weight;
                 loss[i][k] = fmaf(error, error, loss[i][k]);
             }
-        }
     });
     Grid best = {scale[0], zero[0][0], loss[0][0]};
 #pragma unroll
@@ -672,10 +626,9 @@ __device__ Grid tried(const Matrix& matrix, const Team& in, float maximum, int f
     return best;
 }
 
-// `grid.search_grid` of a group from one column to another, which is laid out, for the thread's row. For the refits
-// every warp sums up a quarter of the columns.
-__device__ Grid searched(const Matrix& matrix, Team& in, float maximum, int first, int end, const Place& at) {
-    in.best[at.leaf][at.row] = tried(matrix, in, maximum, first, end, at);
+// `grid.search_grid` of a group from one column to another, which is laid out, for the thread's row.
+__device__ Grid searched(Shared& in, float maximum, int first, int end, const Place& at) {
+    in.best[at.leaf][at.row] = tried(in, maximum, first, end, at);
     __syncthreads();
     Grid best = in.best[0][at.row];
 #pragma unroll
@@ -685,7 +638,7 @@ __device__ Grid searched(const Matrix& matrix, Team& in, float maximum, int firs
     for (int refit = 0; refit < REFITS; refit++) {
         Levels levels(best.scale, best.zero, maximum);
         float norm = 0, product = 0, missed = 0;
-        each_weight(matrix, in, own, own + share, at.row, [&](float w, float weight) {
+        each_weight(in, own, own + share, at.row, [&](float w, float weight) {
             float level = levels.of(w), weighted = level * weight * weight;
             norm = fmaf(weighted, level, norm), product = fmaf(weighted, w, product);
         });
@@ -694,8 +647,8 @@ __device__ Grid searched(const Matrix& matrix, Team& in, float maximum, int firs
         norm = summed(in.norm, at.row), product = summed(in.product, at.row);
         float trial = norm > 0 && product > 0 ? storable(product / fmaxf(norm, TINY)) : best.scale;
         Levels now(trial, best.zero, maximum);
-        each_weight(matrix, in, own, own + share, at.row, [&](float w, float weight) {
-            float error = fmaf(now.of(w), trial, -w) * weight;
+        each_weight(in, own, own + share, at.row, [&](float w, float weight) {
+            float error = now.error(w, weight);
             missed = fmaf(error, error, missed);
         });
         in.missed[at.leaf][at.row] = missed;
@@ -713,17 +666,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) round_block(
     int right, int start, int columns
 ) {
     static_assert(sizeof(Shared) <= SHARED_BYTES, "more shared memory than is asked for");
-    Shared& all = *(Shared*)shared;
+    Shared& in = *(Shared*)shared;
     GO_TO_BLOCK(w_IR, error_IR, factor_II)
-    const Matrix& matrix = all.matrix;
-    all.matrix.share(factor_II, down, right, columns);
+    in.matrix.share(factor_II, down, right, columns);
     Place at;
-    Team& in = all.team[at.team];
     int leaves = (columns + LEAF - 1) / LEAF, leaves_of_group = leaves_P[blockIdx.y];
     float maximum = maximum_P[blockIdx.y], by = ldexpf(1.0f, exponent);
-    for (int block = blockIdx.x; block * TEAMS * ROWS < rows; block += gridDim.x) {
-        int first = (block * TEAMS + at.team) * ROWS, base = blockIdx.y * rows + first;
-        int own = at.leaf * LEAF * stride + base;
+    for (int first = blockIdx.x * ROWS; first < rows; first += gridDim.x * ROWS) {
+        int base = blockIdx.y * rows + first, own = at.leaf * LEAF * stride + base;
         Extent extent = {rows - first, columns - at.leaf * LEAF};
         const float* weights = w_IR + own + at.left * stride + at.top;
         Held held = {};
@@ -736,7 +686,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) round_block(
                 for (int tile = 0; tile < 2; tile++)
                     if (of_group) in.layout.put(held.tile[tile], at.leaf, tile * TILE, at);
                 __syncthreads();
-                Grid grid = searched(matrix, in, maximum, leaf * LEAF, end * LEAF, at);
+                Grid grid = searched(in, maximum, leaf * LEAF, end * LEAF, at);
                 if (of_group) in.scale[at.leaf][at.row] = grid.scale, in.zero[at.leaf][at.row] = grid.zero;
                 if (leaf == at.leaf && at.row < extent.rows) {
                     scale_SR[leaf * stride + base + at.row] = grid.scale;
@@ -747,14 +697,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) round_block(
             Changes& changes = in.changes[leaf % 2];
             if (leaf != at.leaf) {
                 __syncthreads();
-                if (leaf < at.leaf) spread(held, changes, matrix, leaf, in.scale[leaf], at);
+                if (leaf < at.leaf) spread(held, changes, in.matrix, leaf, in.scale[leaf], at);
                 continue;
             }
             float scale = in.scale[leaf][at.row], zero = in.zero[leaf][at.row];
             float low = WHOLE - zero, high = WHOLE + maximum - zero;
 #pragma unroll 1
             for (int tile = 0; tile < 2; tile++)
-                round_tile(tile, held, in.layout, changes, matrix, in.scale[leaf], at, [&](int, float w) {
+                round_tile(tile, held, in.layout, changes, in.matrix, in.scale[leaf], at, [&](int, float w) {
                     return (clamped(w + WHOLE, low, high) - WHOLE) - w;
                 });
             held = {};
@@ -768,7 +718,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) round_block(
                 extent.each_of_row(tile, at.row, [&](int i) {
                     int column = tile * TILE + i;
                     float level = clamped(w[i] + WHOLE, low, high);
-                    float error = (w[i] - (level - WHOLE)) * scale * matrix.inverse[leaf * LEAF + column];
+                    float error = (w[i] - (level - WHOLE)) * scale * in.matrix.inverse[leaf * LEAF + column];
                     errors[column * stride] = to_half(error * by);
                     codes[column * stride] = (unsigned char)__float_as_uint(level + zero);
                 });

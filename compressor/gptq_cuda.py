@@ -22,10 +22,10 @@ from compressor.nvrtc import Kernel, compiled, compiling
 from compressor.precision import Operand
 
 KERNELS = ("round_block", "settle")
-THREADS, ROWS = 256, 64
+THREADS, ROWS = 128, 32
 """Threads of a thread block, and the rows that it works on at a time, as in `gptq.cu`."""
-SHARED_BYTES = {"round_block": 95232, "settle": 73728}
-RESIDENT = {"round_block": 2, "settle": 3}
+SHARED_BYTES = {"round_block": 66560, "settle": 57344}
+RESIDENT = {"round_block": 3, "settle": 4}
 """Shared memory of a thread block, and how many of them a multiprocessor holds."""
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from allocator.storage import FACTOR_GROUP_SIZE, KEEP_BITS, ceil_div
 from compressor.gptq import DAMPING, Factor, SingularHessianError, cholesky, round_to_nearest, rounded
 from compressor.grid import Quantized
-from compressor.precision import LARGEST, Operand, largest_of, put_product, tensor_cores
+from compressor.precision import LARGEST, Operand, largest_of, put_product
 from compressor.precision import product as product_of
 
 OVERSAMPLING = 8
@@ -130,9 +130,7 @@ def leading_directions(weighted: Sequence[Operand], rank: int) -> Tensor:
 
     basis_POk = _trusted(iterated)
     seen_PIk = _seen(weighted, basis_POk)
-    with tensor_cores():
-        gram_Pkk = seen_PIk.mT @ seen_PIk
-    _, vector_Pkk = torch.linalg.eigh(gram_Pkk.double())
+    _, vector_Pkk = torch.linalg.eigh((seen_PIk.mT @ seen_PIk).double())
     return (basis_POk.double() @ vector_Pkk.flip(-1)[..., :rank]).float()
 
 
@@ -227,6 +225,11 @@ class Fit:
         """L as a factor of products."""
         return Operand.of(self.left_rO, WIDEST_LEFT)
 
+    @property
+    def right(self) -> Operand:
+        """R as a factor of products."""
+        return Operand.of(self.right_rI, 2 * self.largest)
+
 
 def factorize(
     residuals: Sequence[Operand], directions: Sequence[Tensor], factor: Factor, factor_bits: int
@@ -249,7 +252,7 @@ def factorize(
 def stacked(
     residuals: Sequence[Operand], directions: Sequence[Tensor], factor: Factor, factor_bits: int
 ) -> tuple[Quantized | Tensor, Quantized | Tensor, float]:
-    """L and R as `factorize` has them, those of all residuals below each other, and what no entry of R is much above."""
+    """L and R as `factorize` has them, of all residuals below each other, and what no entry of R is much above."""
     left_RO = torch.cat([direction_Or.T for direction_Or in directions])
     left_q = _rounded(left_RO, factor_bits, partial(round_to_nearest, largest=WIDEST_LEFT))
     lefts = dense(left_q).split([direction_Or.shape[1] for direction_Or in directions])

@@ -28,7 +28,7 @@ LARGEST = 2.0**15
 
 @contextmanager
 def tensor_cores() -> Iterator[None]:
-    """While open, products on CUDA use TF32; elsewhere nothing changes."""
+    """While open, products on CUDA use TF32, those of other threads too; elsewhere nothing changes."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
@@ -109,12 +109,10 @@ def product(left: Operand, right: Operand, out: Tensor | None = None) -> Tensor:
 
 def put_product(onto: Operand, left: Operand, right: Operand) -> None:
     """left · right, whose sums are float32, taken up by an operand that has room for it."""
-    before = torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    try:
-        _add_product(onto.values, left, right, left.unit * right.unit / onto.unit, 0.0)
-    finally:
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = before
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = (
+        False  # and stays so: threads share it
+    )
+    _add_product(onto.values, left, right, left.unit * right.unit / onto.unit, 0.0)
 
 
 def subtract_product(onto: Tensor, left: Operand, right: Operand) -> None:

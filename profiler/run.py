@@ -39,6 +39,7 @@ from profiler.calibration import (
     BlockCalls,
     BlockInputs,
     CalibrationError,
+    InputMoment,
     Progress,
     block_calls,
     gradient_moments,
@@ -67,6 +68,7 @@ from profiler.profile import (
     ProfileDocument,
     load_profile,
 )
+from profiler.streams import side_by_side
 from profiler.sweep import LayerSweep, default_ranks, sweep_moment
 from profiler.tables import write_tables
 from profiler.workspace import is_finished, prepare
@@ -252,17 +254,27 @@ def sweep_blocks(run: ProfileRun, indices: Iterable[int], progress: Progress) ->
 
 
 def _sweep_block(run: ProfileRun, index: int, writer: Writer, progress: Progress) -> Iterator[str]:
+    moments = input_moments(run.loaded, index, run.calls, run.inputs[index])
+    left = [moment for moment in moments if not run.is_swept(moment.layers)]
+    tasks = [partial(_sweep_layers, run, moment, run.moments, writer) for moment in left]
+    for names in side_by_side(run.loaded.device, tasks):
+        yield from names
+        run.report_sweep(progress)
+
+
+def _sweep_layers(
+    run: ProfileRun, moment: InputMoment, gradient_moments: dict[str, Tensor], writer: Writer
+) -> list[str]:
     keep, settings = keeper(run.work / "probes", writer), run.settings
-    for moment in input_moments(run.loaded, index, run.calls, run.inputs[index]):
-        if run.is_swept(moment.layers):
-            continue
-        for sweep in sweep_moment(
-            run.loaded, moment, run.moments, run.grid, keep, settings.rounds, settings.adaptive
-        ):
-            document = json.dumps(asdict(sweep)).encode()
-            writer.submit(partial(write_atomically, run.layer_file(sweep.layer), document))
-            run.report_sweep(progress)
-            yield sweep.layer.name
+    sweeps = sweep_moment(
+        run.loaded, moment, gradient_moments, run.grid, keep, settings.rounds, settings.adaptive
+    )
+    names = []
+    for sweep in sweeps:
+        document = json.dumps(asdict(sweep)).encode()
+        writer.submit(partial(write_atomically, run.layer_file(sweep.layer), document))
+        names.append(sweep.layer.name)
+    return names
 
 
 def finish_profile(run: ProfileRun, progress: Progress) -> Profile:

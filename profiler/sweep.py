@@ -28,6 +28,7 @@ from profiler.closed_form import (
 from profiler.heads import separable_heads
 from profiler.layers import Layer, LoadedModel
 from profiler.measurement import GridSettings, Measurement
+from profiler.streams import at_once
 
 WEIGHTS_PER_ELEMENT = 32
 """A weight of the model takes 4 bytes in float32, one being decomposed some 40 on a CPU."""
@@ -61,10 +62,11 @@ def default_ranks(layers: tuple[Layer, ...]) -> tuple[int, ...]:
 def elements_in_flight(loaded: LoadedModel) -> int:
     """Weights to decompose at once, so that their working memory stays below that of the model, which is on disk.
 
-    On a GPU, whose loops are only filled by many rows, as many as half its memory holds.
+    On a GPU, whose loops are only filled by many rows, as many as half its memory holds, shared by all who sweep.
     """
     if loaded.device.type == "cuda":
-        return torch.cuda.get_device_properties(loaded.device).total_memory // (2 * CUDA_BYTES_PER_ELEMENT)
+        memory = torch.cuda.get_device_properties(loaded.device).total_memory // at_once(loaded.device)
+        return memory // (2 * CUDA_BYTES_PER_ELEMENT)
     return min(MAXIMUM_ELEMENTS, sum(layer.weights for layer in loaded.layers) // WEIGHTS_PER_ELEMENT)
 
 

@@ -95,7 +95,6 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned chosen) {
     return found;
 }
 
-inline float __saturatef(float x) { return min(max(x, 0.f), 1.f); }
 inline int __float2int_rn(float x) { return (int)std::nearbyint(x); }
 
 inline float from_half(unsigned short bits) {
