@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from compressor.decompose import squared_error
-from compressor.gptq import FUSED, LEAF, _Leaf, _State, gptq, in_halves, inverse_factor
+from compressor.gptq import FUSED, LEAF, Factor, _Leaf, _State, gptq, in_halves, inverse_factor
 from compressor.grid import Grid, Quantized, search_grid
+from compressor.precision import largest_of
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 Answer = tuple[float, list[Quantized]]
@@ -97,16 +98,20 @@ def report(
     rows, columns = w_OI.shape
     groups = [group_size] * len(WIDTHS)
     w_POI = w_OI.expand(len(WIDTHS), -1, -1)
+    factor = Factor(factor_II)
+
+    def begun() -> _State:
+        return _State.of(torch.cat(list(w_POI.mT), dim=1), largest_of(w_OI), factor, WIDTHS, groups)
 
     def fused() -> list[Quantized]:
         return gptq(w_POI, factor_II, WIDTHS, groups)
 
     def column_loop() -> None:
-        state = _State.of(w_POI, factor_II, WIDTHS, groups)
+        state = begun()
         in_halves(_Leaf(state), state.spread, LEAF, 0, len(state.w_IR))
 
     def products_alone() -> float:
-        state = _State.of(w_POI, factor_II, WIDTHS, groups)
+        state = begun()
         state.error_IR.values.zero_()
         in_halves(lambda *_: None, state.spread, FUSED, 0, len(state.w_IR))
         return seconds(lambda: in_halves(lambda *_: None, state.spread, FUSED, 0, len(state.w_IR)), repeats)

@@ -73,7 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         libraries = libraries_bytes(Path(folder))  # first: a child's peak starts at its parent's
     inside: dict[str, float] = {}
-    for name in ("gptq", "descended", *LOW_RANK):
+    for name in ("rounded", "descended", *LOW_RANK):
         timed(name, inside)
     report = progress()
     started = time.perf_counter()
@@ -91,8 +91,8 @@ def main() -> None:
     statistics = max(sum(4 * n * n for n in sizes) for sizes in block.values())
     stages = dict(report.seconds)
     sweep = stages.pop("sweep")
-    gptq, low_rank = inside["gptq"], sum(inside[name] for name in LOW_RANK)
-    parts = {"GPTQ": gptq, "descent": inside["descended"], "low rank": low_rank}
+    rounding, low_rank = inside["rounded"], sum(inside[name] for name in LOW_RANK)
+    parts = {"GPTQ": rounding, "descent": inside["descended"], "low rank": low_rank}
     rows = [*stages.items(), *((f"sweep: {name}", seconds) for name, seconds in parts.items())]
     rows.append(("sweep: Hessians, errors, files", sweep - sum(parts.values())))
     rows.append(("loading, fitting, output", wall - sum(seconds for _, seconds in rows)))

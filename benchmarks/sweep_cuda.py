@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ import torch.multiprocessing as multiprocessing
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
-import compressor.decompose as decompose
 from api.cli import peak_memory_bytes
 from api.progress import progress
 from profiler.calibration import Progress, silent
@@ -71,21 +68,6 @@ def write_random_model(config: PretrainedConfig, folder: Path) -> None:
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-
-
-def timed(name: str, seconds: Counter[str]) -> None:
-    """Time a function of `compressor.decompose` in place."""
-    inner: Callable[..., Any] = getattr(decompose, name)
-
-    def outer(*arguments: Any, **keywords: Any) -> Any:
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        found = inner(*arguments, **keywords)
-        torch.cuda.synchronize()
-        seconds[name] += time.perf_counter() - started
-        return found
-
-    setattr(decompose, name, outer)
 
 
 def product_rate(tf32: bool) -> float:
@@ -144,7 +126,6 @@ def main() -> None:
     parser.add_argument("shape", choices=("llama-3-8b", "qwen2-1.5b"))
     parser.add_argument("--blocks", type=int, help="fewer blocks than the model has")
     parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS)
-    parser.add_argument("--inside", action="store_true", help="time GPTQ, low rank and errors apart; slower")
     parser.add_argument("--cards", type=int, default=1, help="cards that share the sweep")
     parser.add_argument("--adaptive", action="store_true", help="as `bitrank profile --adaptive`")
     arguments = parser.parse_args()
@@ -173,10 +154,6 @@ def profile(config: PretrainedConfig, folder: Path, arguments: argparse.Namespac
     begin_profile(run, report)
     print(f"  gradients              {report.seconds['gradients']:8.1f} s", flush=True)
     print(f"  peak on the card       {torch.cuda.max_memory_allocated() / GIB:8.1f} GiB", flush=True)
-    seconds: Counter[str] = Counter()
-    if arguments.inside:
-        for inner in ("gptq", "factorize", "leading_directions", "sharpened", "through", "row_errors"):
-            timed(inner, seconds)
     if arguments.cards == 1:
         spent, held = sweep(run, range(run.block_count), report)
     else:
@@ -189,8 +166,6 @@ def profile(config: PretrainedConfig, folder: Path, arguments: argparse.Namespac
         f"  sweep                  {spent:8.1f} s: {options} options of {weights / 1e9:.2f} G weights",
         flush=True,
     )
-    for inner, inside in seconds.items():
-        print(f"    {inner:21} {inside:8.1f} s")
     print(f"  peak on the card       {held / GIB:8.1f} GiB")
     print(f"  peak of the process    {peak_memory_bytes() / GIB:8.1f} GiB")
     rates = {kind: product_rate(kind == "TF32") for kind in ("float32", "TF32")}

@@ -236,7 +236,7 @@ def decompose(
     batch = max(1, elements // (rows * columns))
     yield from _solved([p for p in problems if not p.option.rotated], curvature, rounds, batch)
     if turned := [p for p in problems if p.option.rotated]:
-        weight_of = {id(p.weight_OI): _turned(p.weight_OI) for p in turned}
+        weight_of = {id(p.weight_OI): by_column(_turned(p.weight_OI)) for p in turned}
         turned = [replace(p, weight_OI=weight_of[id(p.weight_OI)]) for p in turned]
         yield from _solved(turned, curvature.rotated, rounds, batch)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from allocator.storage import FACTOR_GROUP_SIZE, KEEP_BITS, ceil_div
 from compressor.gptq import DAMPING, Factor, SingularHessianError, cholesky, round_to_nearest, rounded
 from compressor.grid import Quantized
-from compressor.precision import LARGEST, Operand, largest_of, put_product
+from compressor.precision import Operand, largest_of, put_product
 from compressor.precision import product as product_of
 
 OVERSAMPLING = 8
@@ -105,8 +105,7 @@ class Root:
 def through(residual: Operand, root: Root) -> Operand:
     """E·S (O, I), in memory column by column: a block of its columns needs the later columns of E alone."""
     residual_IO, (rows, columns) = residual.T, residual.values.shape
-    largest = LARGEST * residual.unit * root.widest
-    weighted_IO = Operand.empty(columns, rows, residual.values.device, largest)
+    weighted_IO = Operand.empty(columns, rows, residual.values.device, residual.bound() * root.widest)
     width = ceil_div(columns, TRIANGLE_BLOCKS)
     for first in range(0, columns, width):
         block, later = slice(first, first + width), slice(first, columns)

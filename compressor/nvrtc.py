@@ -8,7 +8,7 @@ Its way of launching looks for the driver anew at every launch, so launching is 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import addressof, c_int, c_void_p
 from threading import Lock
@@ -25,34 +25,45 @@ class Kernel:
     """A compiled kernel that may have so much shared memory."""
 
     def __init__(self, compiled: Any, shared_bytes: int) -> None:
-        self._function, self._shared_bytes = compiled.func, shared_bytes
-        self._launch = torch.cuda._utils._get_gpu_runtime_library().cuLaunchKernel
+        self.function, self.shared_bytes = compiled.func, shared_bytes
+        self.launch = torch.cuda._utils._get_gpu_runtime_library().cuLaunchKernel
 
     def prepared(
         self, grid: tuple[int, int], threads: int, arguments: Sequence[Tensor | int], later: int = 0
-    ) -> Callable[..., None]:
-        """A launch with these arguments, and after them so many numbers as they are given then, in the present stream.
+    ) -> Launch:
+        """A launch with these arguments, the first of which is a tensor, and so many numbers that it is given later."""
+        return Launch(self, grid, threads, arguments, later)
 
-        The first argument is a tensor, and all are on its card. Raises `RuntimeError` where the driver does.
-        """
+
+class Launch:
+    """Of a kernel, on its first argument's card, in the stream that is present when it is called."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int],
+        threads: int,
+        arguments: Sequence[Tensor | int],
+        later: int,
+    ) -> None:
         first = arguments[0]
         assert isinstance(first, Tensor)
-        values = [c_void_p(a.data_ptr()) if isinstance(a, Tensor) else c_int(a) for a in arguments]
-        numbers = [c_int() for _ in range(later)]
-        places = (c_void_p * (len(values) + later))(*map(addressof, [*values, *numbers]))
-        fixed = self._function, *grid, 1, threads, 1, 1, self._shared_bytes
+        self._launch, self._first, self._arguments = kernel.launch, first, arguments
+        self._values = [c_void_p(a.data_ptr()) if isinstance(a, Tensor) else c_int(a) for a in arguments]
+        self._later = [c_int() for _ in range(later)]
+        places = [*map(addressof, self._values), *map(addressof, self._later)]
+        self._places = (c_void_p * len(places))(*places)
+        self._fixed = kernel.function, *grid, 1, threads, 1, 1, kernel.shared_bytes
 
-        def launch(*given: int) -> None:
-            for number, value in zip(numbers, given, strict=True):
-                number.value = value
-            with torch.cuda.device_of(first):
-                stream = c_void_p(torch.cuda.current_stream(first.device).cuda_stream)
-                failed = self._launch(*fixed, stream, places, None)
-            if failed:
-                raise RuntimeError(f"a CUDA kernel could not be launched (error {failed})")
-
-        launch.arguments = arguments, values, numbers  # type: ignore[attr-defined]  what places points to
-        return launch
+    def __call__(self, *numbers: int) -> None:
+        """Raises `RuntimeError` where the driver does."""
+        for later, number in zip(self._later, numbers, strict=True):
+            later.value = number
+        with torch.cuda.device_of(self._first):
+            stream = c_void_p(torch.cuda.current_stream(self._first.device).cuda_stream)
+            failed = self._launch(*self._fixed, stream, self._places, None)
+        if failed:
+            raise RuntimeError(f"a CUDA kernel could not be launched (error {failed})")
 
 
 def compiled(

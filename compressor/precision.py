@@ -6,9 +6,10 @@ spread: 2⁻¹¹ of a term changes none of them (of GPTQ's output error at most 
 `docs/gpu.md`). Factorizations, gradients and what is written stay in float32. Sums are float32 in either way, and on a
 CPU nothing is rounded at all.
 
-`tensor_cores` has cuBLAS round to TF32 as it goes. An `Operand` is rounded once, to float16, and multiplied twice as
-fast; a power of two puts its largest number, and room for larger ones, at the top of float16's range, so that what is
-2⁻²¹ of the largest, 2⁻²⁹ where no room is left, is still rounded to 11 bits.
+`tensor_cores` has cuBLAS round to TF32 as it goes, for all threads, so it is for what runs alone. An `Operand` is
+rounded once, to float16, and multiplied twice as fast; a power of two puts its largest number, and room for larger ones,
+at the top of float16's range, so that what is 2⁻²¹ of the largest, 2⁻²⁹ where no room is left, is still rounded to 11
+bits.
 """
 
 from __future__ import annotations
@@ -71,6 +72,10 @@ class Operand:
     def dense(self) -> Tensor:
         """float32."""
         return self.values.float() * self.unit if self.values.dtype == torch.float16 else self.values
+
+    def bound(self) -> float:
+        """The largest magnitude, which a card is asked for; 0 on a CPU, where nothing needs room."""
+        return largest_of(self.values) * self.unit if self.values.is_cuda else 0.0
 
     def squared_norms(self, parts: int) -> Tensor:
         """‖x‖² of so many parts of as many rows each, float32."""

@@ -23,6 +23,7 @@ from compressor.lowrank import (
 from compressor.precision import Operand
 
 MakeTensor = Callable[..., Tensor]
+on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def decaying(normal: MakeTensor, rows: int, columns: int, rate: float = 0.9) -> Tensor:
@@ -158,6 +159,21 @@ def test_through_is_the_product_with_a_triangular_root(normal: MakeTensor, colum
     residual_OI, root_II = normal(20, columns), normal(columns, columns, seed=1).tril()
     weighted_OI = through(Operand.of(residual_OI), Root.of(root_II)).dense()
     assert torch.allclose(weighted_OI, residual_OI @ root_II, atol=1e-4)
+
+
+@on_card
+def test_on_cuda_loud_channels_and_a_large_weight_leave_the_rest_its_precision(
+    normal: MakeTensor, correlated: MakeTensor
+) -> None:
+    """Nothing is lost to float16's range: quiet channels, a thousandth as loud, keep their energy."""
+    residual_OI, size_I = 1e-3 * normal(96, 512), torch.ones(512)
+    residual_OI[3, 5], size_I[::100] = 1e-1, 1e3
+    root_II = square_root(correlated(512) * size_I[:, None] * size_I)
+    residual = Operand.of(residual_OI.cuda(), 2.0**8)
+    found_OI = through(residual, Root.of(root_II.cuda())).dense().double().cpu()
+    exact_OI = residual_OI.double() @ root_II.double()
+    energy_I, exact_I = found_OI.square().sum(dim=0), exact_OI.square().sum(dim=0)
+    assert torch.allclose(energy_I, exact_I, rtol=0.01)
 
 
 def test_sharpening_a_neighbouring_basis_leads_to_the_leading_directions(

@@ -14,6 +14,7 @@ from torch import Tensor
 from allocator.storage import Option
 from api.usecases import plan_budget
 from compressor.decompose import Curvature, decompose, squared_error
+from compressor.precision import Operand
 from profiler.calibration import InputMoment, silent
 from profiler.checkpoint import find_model
 from profiler.closed_form import (
@@ -54,7 +55,7 @@ def errors_of(weight_OI: Tensor, curvature: Curvature) -> tuple[ClosedForm, dict
         dense_OI = decomposition.dense()
         found[OPTIONS[p]] = squared_error(weight_OI, dense_OI, curvature.hessian_II) / signal
         if OPTIONS[p] == spectrum_option(OPTIONS):
-            form = ClosedForm.of(weight_OI, weight_OI - dense_OI, curvature, signal, [8, 16, 32])
+            form = ClosedForm.of(weight_OI, Operand.of(weight_OI - dense_OI), curvature, signal, [8, 16, 32])
     assert form is not None
     return form, found
 
