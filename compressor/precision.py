@@ -7,9 +7,9 @@ spread: 2⁻¹¹ of a term changes none of them (of GPTQ's output error at most 
 CPU nothing is rounded at all.
 
 `tensor_cores` has cuBLAS round to TF32 as it goes, for all threads, so it is for what runs alone. An `Operand` is
-rounded once, to float16, and multiplied twice as fast; a power of two puts its largest number, and room for larger ones,
-at the top of float16's range, so that what is 2⁻²¹ of the largest, 2⁻²⁹ where no room is left, is still rounded to 11
-bits.
+rounded once, to float16, and multiplied twice as fast; a power of two puts its largest number, and room for larger
+ones, at the top of float16's range, so that what is 2⁻²¹ of the largest, 2⁻²⁹ where no room is left, is still rounded
+to 11 bits.
 """
 
 from __future__ import annotations
