@@ -5,6 +5,7 @@ What lives here: a small decomposition that nobody reads, in a thread of its own
 
 from __future__ import annotations
 
+from functools import cache
 from threading import Thread
 
 import torch
@@ -15,10 +16,11 @@ ROWS, COLUMNS = 96, 256
 OPTIONS = Option(2, 0, 64, 0), Option(2, 8, 64, 4), Option(8, 16, 64, 4), Option(0, 8, 0, 4)
 
 
+@cache
 def warm_up(device: torch.device) -> None:
-    """Begin now; on a CPU there is nothing to do."""
+    """Begin now, once for a card; on a CPU there is nothing to do. A process that ends waits for it."""
     if device.type == "cuda":
-        Thread(target=_decompose, args=(device,), name="warming", daemon=True).start()
+        Thread(target=_decompose, args=(device,), name="warming").start()
 
 
 def _decompose(device: torch.device) -> None:

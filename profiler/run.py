@@ -210,7 +210,6 @@ def open_run(ref: ModelRef, output: Path, settings: ProfileSettings) -> ProfileR
     check_uncompressed(ref)
     weights = weights_sha256(ref)
     loaded = open_model(ref, settings.device)
-    warm_up(loaded.device)
     grid = grid_of(loaded, settings)
     measured = TypeAdapter(GridSettings).dump_python(grid)
     request = json.dumps(
@@ -222,6 +221,7 @@ def open_run(ref: ModelRef, output: Path, settings: ProfileSettings) -> ProfileR
 def begin_profile(run: ProfileRun, progress: Progress) -> None:
     """Tokens, gradient moments and every block's inputs into `run.work`, unless there. One process at a time."""
     given_NT, _ = run.given
+    warm_up(run.loaded.device)
     work = prepare(run.output, run.request)
     for part in ("layers", "probes"):
         (work / part).mkdir(exist_ok=True)
@@ -239,6 +239,7 @@ def sweep_block(run: ProfileRun, index: int, progress: Progress) -> list[str]:
 def sweep_blocks(run: ProfileRun, indices: Iterable[int], progress: Progress) -> list[str]:
     """As `sweep_block`, of several blocks; each is measured while the disk takes in the one before it."""
     measured: list[str] = []
+    warm_up(run.loaded.device)
     run.report_sweep(progress)
     wanted = (index for index in indices if not run.is_swept(run.loaded.layers_of(index)))
     with Writer() as writer, Ahead(run.loaded, run.inputs) as ahead:
