@@ -42,7 +42,7 @@ def residuals(
 
 
 def put_residual(onto_IO: Operand, weight_OI: Tensor, quantized: Quantized) -> None:
-    """Take up W − Q, column by column; on CUDA what exceeds float16's range stays at its end."""
+    """Take up W − Q, column by column; the kernel leaves what exceeds float16's range at its end."""
     kernel = _kernel("subtract_quantized", weight_OI)
     if kernel is None or not _are_columns_whole(weight_OI, quantized.code_OI, onto_IO.values.T):
         onto_IO.put((weight_OI - quantized.dequantize()).T)
