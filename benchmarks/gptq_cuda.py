@@ -18,7 +18,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from compressor.decompose import squared_error
+from compressor.curvature import squared_error
 from compressor.gptq import FUSED, LEAF, Factor, _Leaf, _State, gptq, in_halves, inverse_factor
 from compressor.grid import Grid, Quantized, search_grid
 from compressor.precision import largest_of

@@ -21,7 +21,8 @@ from allocator.storage import Option
 from allocator.strategies import interpolated_uniform_cost
 from api.progress import progress
 from api.usecases import plan_budget
-from compressor.decompose import Curvature, decompose
+from compressor.curvature import Curvature
+from compressor.decompose import decompose
 from compressor.gptq import gptq, round_to_nearest
 from profiler.calibration import text_tokens
 from profiler.checkpoint import find_model

@@ -20,20 +20,20 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import compressor.decompose as decompose
 from api.cli import peak_memory_bytes
 from api.progress import progress
+from compressor import alternation
 from profiler.checkpoint import find_model
 from profiler.run import DEFAULT_TOKENS, ProfileSettings, build_profile
 
 MIB = 2**20
 LOW_RANK = ("factorize", "leading_directions", "sharpened", "through")
-"""Functions that `compressor.decompose` calls."""
+"""Functions that `compressor.alternation` calls."""
 
 
 def timed(name: str, seconds: dict[str, float]) -> None:
-    """Time a function of `compressor.decompose` in place."""
-    inner: Callable[..., Any] = getattr(decompose, name)
+    """Time a function of `compressor.alternation` in place."""
+    inner: Callable[..., Any] = getattr(alternation, name)
 
     def outer(*arguments: Any, **keywords: Any) -> Any:
         started = time.perf_counter()
@@ -42,7 +42,7 @@ def timed(name: str, seconds: dict[str, float]) -> None:
         finally:
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
-    setattr(decompose, name, outer)
+    setattr(alternation, name, outer)
 
 
 def libraries_bytes(folder: Path) -> int:

@@ -58,3 +58,8 @@ def restored(x: Tensor, rotation_bb: Tensor) -> Tensor:
     block = len(rotation_bb)
     x_Nb = x.reshape(-1, block) @ rotation_bb
     return x_Nb.view(-1, x.shape[-1] // block, block).mT.reshape(x.shape)
+
+
+def turned(w_OI: Tensor) -> Tensor:
+    """W Vᵀ: what W is to rotated inputs."""
+    return rotated(w_OI, rotation(w_OI.shape[1], w_OI.device))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from allocator.storage import FACTOR_GROUP_SIZE, KEEP_BITS, Option, ceil_div
 from compressor import matvec_cuda
-from compressor.decompose import Decomposition
+from compressor.decomposition import Decomposition
 from compressor.grid import Quantized
 from compressor.incoherence import restored, rotated, rotation
 from compressor.lowrank import product

@@ -1,7 +1,7 @@
 """The best low-rank correction of a residual under a Hessian, with quantized factors.
 
 What lives here: L and R for a residual E, so that tr((E − LR) H (E − LR)ᵀ) is least. When to correct what is for
-`decompose.py`.
+`alternation.py`.
 
 Letters: P problems of one shape under one Hessian, O rows, I columns, r rank.
 
@@ -138,17 +138,21 @@ def sharpened(weighted: Sequence[Operand], bases: Sequence[Tensor]) -> list[Tens
 
     Nearer to the leading directions, in no order.
     """
-    widths = [basis_Ok.shape[1] for basis_Ok in bases]
-    places = [[p for p in range(len(bases)) if widths[p] == width] for width in sorted(set(widths))]
+    places = alike([basis_Ok.shape[1] for basis_Ok in bases])
 
     def find(basis_of: Basis) -> list[Tensor]:
         return [
-            _sharpened([weighted[p] for p in alike], torch.stack([bases[p] for p in alike]), basis_of)
-            for alike in places
+            _sharpened([weighted[p] for p in some], torch.stack([bases[p] for p in some]), basis_of)
+            for some in places
         ]
 
     found = dict(zip(chain(*places), chain(*_trusted(find)), strict=True))
     return [found[p] for p in range(len(bases))]
+
+
+def alike(ranks: Sequence[int]) -> list[list[int]]:
+    """The places of each rank, in rising order of ranks."""
+    return [[p for p in range(len(ranks)) if ranks[p] == rank] for rank in sorted(set(ranks))]
 
 
 def _sharpened(weighted: Sequence[Operand], basis_POk: Tensor, basis_of: Basis) -> Tensor:
@@ -272,8 +276,7 @@ def fitted(lefts: Sequence[Tensor], residuals: Sequence[Operand]) -> Tensor:
     parts = right_RI.split(ranks)
     for part, residual, right_rI in zip(left.split(ranks), residuals, parts, strict=True):
         product_of(part, residual, right_rI)
-    for rank in set(ranks):
-        of_rank = [p for p in range(len(ranks)) if ranks[p] == rank]
+    for of_rank in alike(ranks):
         left_PrO = torch.stack([lefts[p] for p in of_rank]).double()
         lower_Prr, _ = torch.linalg.cholesky_ex(left_PrO @ left_PrO.mT)
         inverse_Prr = _inverse(lower_Prr)

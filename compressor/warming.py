@@ -24,7 +24,8 @@ def warm_up(device: torch.device) -> None:
 
 
 def _decompose(device: torch.device) -> None:
-    from compressor.decompose import Curvature, decompose
+    from compressor.curvature import Curvature
+    from compressor.decompose import decompose
     from compressor.gptq import round_to_nearest
 
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):

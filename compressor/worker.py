@@ -25,7 +25,8 @@ from allocator.atomic import TEMPORARY, write_atomically
 from allocator.errors import BitrankError
 from allocator.plan import Plan, PlanLayer
 from allocator.storage import KEEP_BITS
-from compressor.decompose import ROUNDS, Curvature, decompose
+from compressor.curvature import Curvature
+from compressor.decompose import ROUNDS, decompose
 from compressor.linear import layer_tensors
 from compressor.plugin import FORMAT_VERSION, METHOD
 from compressor.table import embedding_tensors, table_tensors

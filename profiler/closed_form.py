@@ -29,7 +29,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from allocator.storage import Option
-from compressor.decompose import Curvature
+from compressor.curvature import Curvature
 from compressor.gptq import round_to_nearest
 from compressor.lowrank import leading_directions, through
 from compressor.precision import Operand, product

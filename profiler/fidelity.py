@@ -29,7 +29,8 @@ from torch import Tensor
 
 from allocator.plan import PlanModel
 from allocator.storage import Option
-from compressor.decompose import Curvature, decompose
+from compressor.curvature import Curvature
+from compressor.decompose import decompose
 from profiler.calibration import (
     BlockCalls,
     BlockInputs,

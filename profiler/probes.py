@@ -16,7 +16,7 @@ from torch import Tensor
 
 from allocator.atomic import write_atomically
 from allocator.storage import Option
-from compressor.decompose import Decomposition
+from compressor.decomposition import Decomposition
 from compressor.linear import CompressedLinear, layer_tensors
 from profiler.calibration import Progress
 from profiler.evaluation import measure, stored_logits

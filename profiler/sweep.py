@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from allocator.storage import Option
-from compressor.decompose import MAXIMUM_ELEMENTS, Curvature, Decomposition, by_column, decompose
+from compressor.curvature import Curvature
+from compressor.decompose import MAXIMUM_ELEMENTS, decompose
+from compressor.decomposition import Decomposition, by_column
 from compressor.precision import Operand, largest_of
 from profiler.calibration import InputMoment
 from profiler.closed_form import (

@@ -17,7 +17,8 @@ from torch import Tensor
 from allocator.atomic import write_atomically
 from allocator.problem import Integers, Menu
 from allocator.storage import KEEP_BITS, Option
-from compressor.decompose import Curvature, decompose
+from compressor.curvature import Curvature
+from compressor.decompose import decompose
 from compressor.linear import CompressedLinear, layer_tensors
 from compressor.worker import BlockWork
 from profiler.calibration import Progress

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from allocator.storage import Option
-from compressor import decompose as decompose_module
-from compressor.decompose import Curvature, Decomposition, RankError, decompose, squared_error
+from compressor import alternation
+from compressor.curvature import Curvature, squared_error
+from compressor.decompose import RankError, decompose
+from compressor.decomposition import Decomposition
 
 MakeTensor = Callable[..., Tensor]
 SLACK = 1.01
@@ -205,6 +207,6 @@ def test_where_few_channels_hold_most_of_the_hessian_taking_them_out_pays(
     w_OI, hessian_II = normal(96, 128), outlying(correlated, 128, 6)
     option = Option(bits, 16, 64, factor_bits)
     (with_it,) = carry_out(w_OI, hessian_II, [option])
-    monkeypatch.setattr(decompose_module, "ABSORBING_ROUNDS", 0)
+    monkeypatch.setattr(alternation, "ABSORBING_ROUNDS", 0)
     (without,) = carry_out(w_OI, hessian_II, [option])
     assert with_it < 0.85 * without

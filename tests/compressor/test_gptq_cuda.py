@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compressor import descent, gptq_cuda
 from compressor import gptq as rounding
-from compressor.decompose import squared_error
+from compressor.curvature import squared_error
 from compressor.descent import descended
 from compressor.gptq import gptq, inverse_factor
 from compressor.grid import Quantized

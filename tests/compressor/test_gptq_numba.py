@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.decompose import squared_error
+from compressor.curvature import squared_error
 from compressor.gptq import LEAF, Factor, _Leaf, _State, gptq, in_halves, inverse_factor
 from compressor.grid import Quantized
 

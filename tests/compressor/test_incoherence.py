@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import compressor.plugin  # noqa: F401  registers the checkpoint format
 from allocator.storage import Option, layer_bytes
-from compressor.decompose import Curvature, Decomposition, decompose, squared_error
+from compressor.curvature import Curvature, squared_error
+from compressor.decompose import decompose
+from compressor.decomposition import Decomposition
 from compressor.incoherence import MOST_MIXED, block_size, restored, rotated, rotation
 from compressor.linear import CompressedLinear, layer_tensors
 from compressor.plugin import FORMAT_VERSION, METHOD

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from allocator.storage import Option
-from compressor.decompose import Curvature, Decomposition, decompose
+from compressor.curvature import Curvature
+from compressor.decompose import decompose
+from compressor.decomposition import Decomposition
 from compressor.linear import CompressedLinear, layer_tensors
 
 MakeTensor = Callable[..., Tensor]

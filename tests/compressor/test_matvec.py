@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from allocator.storage import Option
 from compressor import matvec_cuda
-from compressor.decompose import Curvature, Decomposition, decompose
+from compressor.curvature import Curvature
+from compressor.decompose import decompose
+from compressor.decomposition import Decomposition
 from compressor.linear import CompressedLinear, Siblings, decoded, layer_tensors
 from compressor.packing import PLANES
 from compressor.plugin import join_siblings

@@ -18,7 +18,8 @@ import compressor.plugin  # noqa: F401  registers the checkpoint format
 from allocator.plan import Plan, PlanLayer
 from allocator.storage import KEEP, KEEP_BITS, Option, layer_bytes
 from api.usecases import compress_plan, evaluate_model, plan_budget
-from compressor.decompose import Curvature, decompose
+from compressor.curvature import Curvature
+from compressor.decompose import decompose
 from profiler.calibration import silent
 from profiler.checkpoint import find_model, tensor_bytes
 from profiler.layers import load_model

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from allocator.storage import Option
 from api.usecases import plan_budget
-from compressor.decompose import Curvature, decompose, squared_error
+from compressor.curvature import Curvature, squared_error
+from compressor.decompose import decompose
 from compressor.precision import Operand
 from profiler.calibration import InputMoment, silent
 from profiler.checkpoint import find_model

@@ -19,7 +19,8 @@ from allocator.storage import Option
 from api import cli
 from api.curves import curve_rows, layer_curves
 from api.usecases import compress_plan, curve_points, evaluate_model, plan_budget
-from compressor.decompose import Curvature, decompose, squared_error
+from compressor.curvature import Curvature, squared_error
+from compressor.decompose import decompose
 from profiler.calibration import silent
 from profiler.checkpoint import find_model, tensor_bytes
 from profiler.closed_form import first_measured, predictable

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from allocator.storage import KEEP, Option
-from compressor.decompose import Curvature, decompose
+from compressor.curvature import Curvature
+from compressor.decompose import decompose
 from profiler.checkpoint import find_model
 from profiler.gain import Gain, Probe, calibrate
 from profiler.layers import LoadedModel, open_model

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from allocator.storage import Option
 from api.usecases import execute, plan_budget
-from compressor.decompose import Curvature, decompose
+from compressor.curvature import Curvature
+from compressor.decompose import decompose
 from compressor.linear import CompressedLinear, layer_tensors
 from compressor.worker import WorkError
 from profiler.calibration import silent

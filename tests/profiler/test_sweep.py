@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from allocator.storage import Option
-from compressor.decompose import Curvature, Decomposition, decompose
+from compressor.curvature import Curvature
+from compressor.decompose import decompose
+from compressor.decomposition import Decomposition
 from profiler.calibration import InputMoment
 from profiler.layers import Layer, LoadedModel
 from profiler.measurement import GridSettings

@@ -1,0 +1,111 @@
+"""What decomposing needs of a Hessian, and the output errors that it prices.
+
+What lives here: H, its root S and its damped inverse factor, each found once, and H without what a low-rank part can
+make good. Letters: P problems, O rows, I columns, r rank, R all ranks beside each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from compressor.decomposition import Decomposition
+from compressor.gptq import Factor, SingularHessianError, inverse_factor
+from compressor.incoherence import turned
+from compressor.lowrank import Root, orthonormal, square_root, through
+from compressor.precision import ROOM, Operand, product, tensor_cores
+from compressor.residual import residuals
+
+LEAST_ABSORBED = 0.15
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What decomposing needs of a Hessian, computed once per Hessian: H, its root, its damped inverse factor."""
+
+    hessian_II: Tensor
+    root_II: Tensor
+    factor_II: Tensor
+
+    @classmethod
+    def of(cls, hessian_II: Tensor) -> Curvature:
+        return cls(hessian_II.float(), square_root(hessian_II), inverse_factor(hessian_II))
+
+    @cached_property
+    def factor(self) -> Factor:
+        """The damped inverse factor, as rounding takes it."""
+        return Factor(self.factor_II)
+
+    @cached_property
+    def root(self) -> Root:
+        """S as a factor of products."""
+        return Root.of(self.root_II)
+
+    def squared_norms(self, deltas: Operand, parts: int = 1) -> Tensor:
+        """‖ΔS‖² = tr(Δ H Δᵀ) of P matrices of as many rows, below each other: squared output errors per token."""
+        return through(deltas, self.root).squared_norms(parts)
+
+    def squared_errors(
+        self, weights: Sequence[Tensor], found: Sequence[Decomposition], largest: float
+    ) -> Tensor:
+        """The squared output error per token, (P,), of what was made of matrices (O, I); none is above `largest`."""
+        quantized = [d.quantized for d in found if d.quantized is not None and d.is_subtracted]
+        pairs = zip(weights, found, strict=True)
+        if len(quantized) < len(found):
+            deltas = Operand.of(torch.cat([w_OI - d.dense() for w_OI, d in pairs]))
+        else:
+            rests = (d.rest(w_OI, largest) for w_OI, d in pairs)
+            deltas, _ = residuals(rests, quantized, len(weights[0]), ROOM * largest)
+        return self.squared_norms(deltas, len(found))
+
+    @cached_property
+    def rotated(self) -> Curvature:
+        """Of rotated inputs: V H Vᵀ."""
+        return Curvature.of(turned(turned(self.hessian_II).T))
+
+    def without(self, right_rI: Tensor) -> Curvature | None:
+        """Down-dated: H − HRᵀ(RHRᵀ)⁻¹RH, which an error that a multiple of R can make good does not feel.
+
+        None where R takes less than `LEAST_ABSORBED` of the trace, or leaves nothing that can be factored.
+        """
+        if not self.absorbed([right_rI])[0]:
+            return None
+        reach_Ir = self.root_II @ self._orthonormal([right_rI])[0]
+        hessian_II = self.hessian_II - reach_Ir @ reach_Ir.T
+        hessian_II.diagonal().clamp_(min=0)
+        with suppress(SingularHessianError):
+            return replace(self, hessian_II=hessian_II, factor_II=inverse_factor(hessian_II))
+        return None
+
+    def absorbed(self, rights: Sequence[Tensor]) -> list[bool]:
+        """Whether each R (r, I), all of one rank, takes `LEAST_ABSORBED` of the trace."""
+        basis_IR = torch.cat(tuple(self._orthonormal(rights)), dim=1)
+        reach_IR = product(self.root.values, Operand.of(basis_IR, 1.0))
+        taken_P = reach_IR.square_().sum(dim=0).unflatten(0, (len(rights), -1)).sum(dim=1)
+        return (taken_P >= LEAST_ABSORBED * self.hessian_II.diagonal().sum()).tolist()
+
+    def _orthonormal(self, rights: Sequence[Tensor]) -> Tensor:
+        """(P, I, r): bases of the columns of (RS)ᵀ."""
+        weighted = through(Operand.of(torch.cat(tuple(rights))), self.root)
+        return orthonormal(weighted.dense().unflatten(0, (len(rights), -1)).mT)
+
+    def pivots(self) -> Tensor:
+        """d (I,): H = L diag(d) Lᵀ with unit triangular L; what an error costs after later columns made it good."""
+        return self.factor_II.diagonal().square().reciprocal()
+
+
+def row_errors(w_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor) -> Tensor:
+    """diag(ΔW H ΔWᵀ), float32 (O,): the squared output error of every row, per token."""
+    delta_OI = w_OI - approximation_OI
+    with tensor_cores():
+        return ((delta_OI @ hessian_II) * delta_OI).sum(dim=1).clamp_(min=0)
+
+
+def squared_error(w_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor) -> float:
+    """tr(ΔW H ΔWᵀ): the squared output error of all rows, per token."""
+    return row_errors(w_OI, approximation_OI, hessian_II).sum().item()
