@@ -88,7 +88,7 @@ def measure_downstream(
             chosen = make_tasks(whole, text, folder, documents)
         scores = [task_scores(whole, chosen, documents, batch)]
         found_PN5 = measure_trials(
-            opened, profile.calibration_tokens(), profile.probe_tokens(), trials, folder, progress
+            opened, profile.calibration(), profile.probe_tokens(), trials, folder, progress
         )
         for trial in trials:
             weights = {

@@ -53,7 +53,7 @@ def study_fidelity(
             check_measurable(run.loaded, measured_NT)
         else:
             measured_NT, source = run.probe_tokens, f"{run.given[1]}, held back"
-        blocks = compressed_blocks(run.loaded, run.fitting_tokens, folder)
+        blocks = compressed_blocks(run.loaded, run.fitting_tokens, run.token_weights, folder)
         measured = measure_blocks(run.loaded, measured_NT, blocks, folder, progress)
         document = fidelity_document(
             PlanModel(id=ref.id, revision=ref.revision, weights_sha256=run.weights),

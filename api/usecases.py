@@ -343,7 +343,7 @@ def execute(
     kept = {name: tensor.cpu() for name, tensor in loaded.kept_tensors()}
     output = output.resolve()
     with scratch(output.with_name(f".{output.name}.activations")) as folder:
-        blocks = block_works(loaded, profile.calibration_tokens(), folder)
+        blocks = block_works(loaded, *profile.calibration(), folder)
         compress(plan, blocks, kept, loaded.ref.path, output, progress, len(loaded.block_names), beside)
 
 
@@ -558,7 +558,7 @@ def evaluate_loaded(
 
     check_comparable(compressed, original)
     cache = cache_of(compressed)
-    found: Fidelity = measure(compressed.model, live_logits(original.model), tokens_NT, progress, cache)
+    found: Fidelity = measure(compressed.model, live_logits(original), tokens_NT, progress, cache)
     return Evaluation(
         model=compressed.ref.id,
         reference=original.ref.id,

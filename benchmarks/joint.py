@@ -100,7 +100,7 @@ def measured(
 ) -> Floats:
     """(splits, 3, N): KL of weights, cache, both."""
     weights_PN = measure_trials(loaded, calibration_NT, tokens_NT, trials, folder, progress())[:, :, 0]
-    reference = stored_logits(whole.model, tokens_NT, folder / "reference.f32")
+    reference = stored_logits(whole, tokens_NT, folder / "reference.f32")
     rows = []
     for p, (trial, cache) in enumerate(zip(trials, empty, strict=True)):
         by_cache = compare(whole.model, reference, tokens_NT, cache=cache)[:, 0]

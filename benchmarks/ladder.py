@@ -83,7 +83,7 @@ def measured(
             for name, rung in rungs.items():
                 weights[name][work.name] = rung(work.name, work.weight_OI, curvatures[key])
         report("compressing", block.index + 1, len(loaded.block_names))
-    reference = stored_logits(loaded.model, tokens_NT, folder / "reference_logits.f32")
+    reference = stored_logits(loaded, tokens_NT, folder / "reference_logits.f32")
     found = {}
     for place, (name, by_layer) in enumerate(weights.items()):
         with loaded.replacing(lambda layer, by_layer=by_layer: by_layer[layer.name]):

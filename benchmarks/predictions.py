@@ -91,7 +91,7 @@ def layer_kls(
     loaded: LoadedModel, tokens_NT: Tensor, changes: Sequence[Mapping[str, Tensor]], folder: Path
 ) -> list[float]:
     """KL of the model with some layers' weights replaced, for every such change."""
-    reference = stored_logits(loaded.model, tokens_NT, folder / "reference_of_layers.f32")
+    reference = stored_logits(loaded, tokens_NT, folder / "reference_of_layers.f32")
     found = []
     for change in changes:
         with loaded.replacing(lambda layer, change=change: change.get(layer.name, loaded.weight(layer))):

@@ -32,7 +32,7 @@ from profiler.recovery import RecoverySettings
 
 def kl_nats(checkpoint: Path, original: LoadedModel, tokens_NT: Tensor) -> float:
     compressed = load_model(find_model(str(checkpoint)), "cpu")
-    return measure(compressed.model, live_logits(original.model), tokens_NT, progress()).kl_nats
+    return measure(compressed.model, live_logits(original), tokens_NT, progress()).kl_nats
 
 
 def carried_out(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -26,15 +26,24 @@ LEAST_ABSORBED = 0.15
 
 @dataclass(frozen=True)
 class Curvature:
-    """What decomposing needs of a Hessian, computed once per Hessian: H, its root, its damped inverse factor."""
+    """What decomposing needs of a Hessian: H, its root, its damped inverse factor, each found when it is first asked
+    for."""
 
     hessian_II: Tensor
-    root_II: Tensor
-    factor_II: Tensor
 
     @classmethod
     def of(cls, hessian_II: Tensor) -> Curvature:
-        return cls(hessian_II.float(), square_root(hessian_II), inverse_factor(hessian_II))
+        return cls(hessian_II.float())
+
+    @cached_property
+    def root_II(self) -> Tensor:
+        """S (I, I), lower triangular, with SSᵀ = H."""
+        return square_root(self.hessian_II)
+
+    @cached_property
+    def factor_II(self) -> Tensor:
+        """U (I, I), upper triangular, with UᵀU the inverse of the damped H."""
+        return inverse_factor(self.hessian_II)
 
     @cached_property
     def factor(self) -> Factor:
@@ -78,8 +87,9 @@ class Curvature:
         reach_Ir = self.root_II @ self._orthonormal([right_rI])[0]
         hessian_II = self.hessian_II - reach_Ir @ reach_Ir.T
         hessian_II.diagonal().clamp_(min=0)
+        deflated = Curvature(hessian_II)
         with suppress(SingularHessianError):
-            return replace(self, hessian_II=hessian_II, factor_II=inverse_factor(hessian_II))
+            return deflated if deflated.factor_II is not None else None
         return None
 
     def absorbed(self, rights: Sequence[Tensor]) -> list[bool]:

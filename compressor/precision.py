@@ -90,7 +90,7 @@ class Operand:
         return Operand(self.values[part], self.unit)
 
     @property
-    def T(self) -> Operand:  # noqa: N802  as torch calls it
+    def T(self) -> Operand:
         return Operand(self.values.T, self.unit)
 
 

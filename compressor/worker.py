@@ -146,16 +146,13 @@ def compress_tables(plan: Plan, tables: Mapping[str, Tensor]) -> dict[str, Tenso
 def compress_block(plan: Plan, layers: list[LayerWork]) -> dict[str, Tensor]:
     """Every stored tensor of one block's layers, by full name."""
     tensors: dict[str, Tensor] = {}
-    curvatures: dict[int, Curvature] = {}
     for work in layers:
         planned = plan.layers[work.name]
         if planned.bits == KEEP_BITS:
             stored = {"weight": work.stored.contiguous()}
         else:
-            key = id(work.hessian_II)
-            if key not in curvatures:
-                curvatures[key] = Curvature.of(work.hessian_II)
-            ((_, decomposition),) = decompose([work.weight_OI], curvatures[key], [planned.option], ROUNDS)
+            curvature = Curvature.of(work.hessian_II)
+            ((_, decomposition),) = decompose([work.weight_OI], curvature, [planned.option], ROUNDS)
             stored = layer_tensors(decomposition)
         _check_bytes(work.name, planned, stored)
         tensors |= {f"{work.name}.{name}": tensor.cpu() for name, tensor in stored.items()}

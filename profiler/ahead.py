@@ -13,8 +13,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from profiler.calibration import BlockInputs
 from profiler.layers import LoadedModel
+from profiler.moments import BlockInputs
 
 Brought = tuple[dict[str, Tensor], Tensor]
 

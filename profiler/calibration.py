@@ -1,36 +1,33 @@
-"""Calibration: tokens, and the statistics of every layer over them.
+"""Calibration text: token windows from texts, or from the model itself.
 
-What lives here: token windows from a text or from the model itself, the second moment of every layer's input
-(H = mean x xᵀ) and the second moment of every layer's output gradient, and the inputs of every block, kept on disk.
+Every window starts as the model's tokenizer starts a text (`LoadedModel.text_start`, usually one `<bos>`), because
+that is the model that people run. The window's length counts these tokens.
 
-Letters: N windows, T tokens of a window, d hidden size, O rows and I columns of a layer.
-
-The gradient is of −Σ log p(ŷ) with ŷ drawn from the model's own distribution, so its second moment G is the Fisher
-information of the layer's output, and ½·tr(G ΔW H ΔWᵀ), summed over layers, is the second-order estimate of the KL
-divergence per token (Martens and Grosse, K-FAC, arXiv 1503.05671, with both factors per layer). Only diag G is kept.
+Letters: N windows, T tokens of a window, V vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import random
 from array import array
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from allocator.errors import BitrankError
-from compressor.precision import tensor_cores
-from profiler.layers import Layer, LoadedModel, check_finite
+from profiler.layers import LoadedModel, check_finite
 
 LINES_TOKENIZED = 1000
-TOKENS_DRAWN = 128
-"""Positions whose next tokens are drawn at once; drawing holds several copies of their probabilities."""
+OPENINGS = Path(__file__).with_name("openings.json")
+"""Beginnings of texts by kind, written for this project."""
+OPENED_SHARE = 0.75
+MOST_AT_ONCE = 128
+STEPS_REPORTED = 32
 MOST_UNKNOWN = 0.5
 """A text with a larger share of unknown tokens is refused."""
 Progress = Callable[[str, int, int], None]
@@ -45,8 +42,18 @@ def silent(stage: str, done: int, total: int) -> None:
     """A `Progress` that says nothing."""
 
 
-def text_tokens(loaded: LoadedModel, path: Path, count: int) -> Tensor:
-    """int64 (N, T) windows from a UTF-8 text, spread evenly over it; at most `count` tokens."""
+def text_tokens(loaded: LoadedModel, paths: Path | Sequence[Path], count: int) -> Tensor:
+    """int64 (N, T) windows of UTF-8 texts, as many of each, spread evenly over it; at most `count` tokens in all.
+
+    A text too short for its share gives what it has. Raises `CalibrationError` for a text that cannot be read, is
+    shorter than a window, or is not known to the tokenizer.
+    """
+    paths = [paths] if isinstance(paths, Path) else list(paths)
+    shares = [windows(loaded, _read_text(loaded, path), count // len(paths), str(path)) for path in paths]
+    return torch.cat(shares)
+
+
+def _read_text(loaded: LoadedModel, path: Path) -> str:
     if loaded.tokenizer is None:
         raise CalibrationError(
             f"{loaded.ref.id} has no tokenizer, so {path} cannot be read; leave the text out"
@@ -57,26 +64,32 @@ def text_tokens(loaded: LoadedModel, path: Path, count: int) -> Tensor:
         raise CalibrationError(f"cannot read {path} as UTF-8 text ({error})") from error
     if not text.strip():
         raise CalibrationError(f"{path} is empty; give at least {loaded.window} tokens of text")
-    return windows(loaded, text, count, str(path))
+    return text
 
 
 def windows(loaded: LoadedModel, text: str, count: int, source: str) -> Tensor:
-    """int64 (N, T): `text` cut into windows, at most `count` tokens, taken evenly from start to end."""
+    """int64 (N, T): `text` cut into windows, at most `count` tokens, taken evenly from start to end.
+
+    Each is the tokenizer's start of a text, then T less that many tokens of the text.
+    """
     tokens = tokenize(loaded.tokenizer, text)
-    if len(tokens) < loaded.window:
+    start = torch.tensor(loaded.text_start, dtype=torch.int64)
+    taken = loaded.window - len(start)
+    if len(tokens) < taken:
+        start_tokens = f" beside {len(start)} that start it" if len(start) else ""
         raise CalibrationError(
-            f"{source} has {len(tokens)} tokens; give at least {loaded.window}, one window"
+            f"{source} has {len(tokens)} tokens; give at least {taken}, one window{start_tokens}"
         )
     check_known(loaded, tokens, source)
-    vocabulary = loaded.model.config.get_text_config().vocab_size
-    if int(tokens.max()) >= vocabulary:
+    if int(tokens.max()) >= loaded.vocabulary:
         raise CalibrationError(
-            f"the tokenizer of {loaded.ref.id} makes token {int(tokens.max())}, but the model knows {vocabulary};"
-            " copy the model's own tokenizer beside it"
+            f"the tokenizer of {loaded.ref.id} makes token {int(tokens.max())}, but the model knows"
+            f" {loaded.vocabulary}; copy the model's own tokenizer beside it"
         )
-    tokens_NT = tokens[: len(tokens) // loaded.window * loaded.window].view(-1, loaded.window)
-    wanted = min(len(tokens_NT), max(1, count // loaded.window))
-    return tokens_NT[torch.linspace(0, len(tokens_NT) - 1, wanted).round().long()]
+    tokens_Nt = tokens[: len(tokens) // taken * taken].view(-1, taken)
+    wanted = min(len(tokens_Nt), max(1, count // loaded.window))
+    chosen_Nt = tokens_Nt[torch.linspace(0, len(tokens_Nt) - 1, wanted).round().long()]
+    return torch.cat((start.expand(wanted, -1), chosen_Nt), dim=1)
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
@@ -118,302 +131,138 @@ def check_known(loaded: LoadedModel, tokens_n: Tensor, source: str) -> None:
 
 
 @torch.inference_mode()
-def sample_tokens(loaded: LoadedModel, count: int, seed: int, progress: Progress = silent) -> Tensor:
+def sample_tokens(
+    loaded: LoadedModel,
+    count: int,
+    seed: int,
+    progress: Progress = silent,
+    opened_share: float = OPENED_SHARE,
+) -> Tensor:
     """int64 (N, T) drawn from the model itself at temperature 1, the same for the same seed and machine.
 
-    Starts from the beginning-of-text token, or from a uniform one where the model has none.
+    Windows start as the tokenizer starts a text. `opened_share` of them go on with an opening of `openings.json`, so
+    that text of many kinds is seen; the others are the model's own from the start. Where the tokenizer adds no start,
+    text is drawn after the configuration's `<bos>`, which is dropped; where that has none either, after a uniform
+    token, which is kept.
+
+    Raises `ModelError` where the model's logits are NaN or infinite.
     """
     generator = torch.Generator(device=loaded.device).manual_seed(seed)
     number = max(1, count // loaded.window)
-    start = loaded.model.config.bos_token_id
-    vocabulary = loaded.model.config.get_text_config().vocab_size
-    batches = []
-    for first in range(0, number, 32):
-        size = min(32, number - first)
-        if isinstance(start, int) and start < vocabulary:
-            token_N1 = torch.full((size, 1), start, device=loaded.device)
-        else:
-            token_N1 = torch.randint(vocabulary, (size, 1), generator=generator, device=loaded.device)
-        drawn, cache = [token_N1], None
-        for _ in range(loaded.window - 1):
-            output = loaded.model(token_N1, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            check_finite(loaded.model, output.logits)
-            probability_NV = output.logits[:, -1].float().softmax(-1)
-            token_N1 = torch.multinomial(probability_NV, 1, generator=generator)
-            drawn.append(token_N1)
-        batches.append(torch.cat(drawn, dim=1).cpu())
-        progress("sampling calibration text", first + size, number)
-    return torch.cat(batches)
+    start, dropped = _start_of_samples(loaded)
+    told = _told_tokens(loaded, start, number, seed, opened_share)
+    at_once = _windows_at_once(loaded)
+    batches = [
+        _sampled(
+            loaded,
+            told[first : first + at_once],
+            loaded.window + dropped,
+            generator,
+            _within(progress, first, number),
+        )
+        for first in range(0, number, at_once)
+    ]
+    return torch.cat(batches)[:, dropped:].contiguous()
+
+
+def _within(progress: Progress, first: int, number: int) -> Callable[[float, int], None]:
+    """Progress of a batch of windows that begins at `first`, given its share done and its size."""
+    return lambda share, size: progress(
+        "sampling calibration text", min(number, first + round(share * size)), number
+    )
+
+
+def _start_of_samples(loaded: LoadedModel) -> tuple[list[int], int]:
+    """What every sampled window begins with, and how many of these tokens are dropped in the end.
+
+    As the tokenizer starts a text; where it adds nothing, the configuration's `<bos>` stands before the text while it
+    is drawn and is dropped.
+    """
+    if loaded.text_start:
+        return list(loaded.text_start), 0
+    bos = loaded.model.config.get_text_config().bos_token_id
+    return ([bos], 1) if isinstance(bos, int) and 0 <= bos < loaded.vocabulary else ([], 0)
+
+
+def _told_tokens(
+    loaded: LoadedModel, start: list[int], number: int, seed: int, opened_share: float
+) -> list[list[int]]:
+    """What each window begins with: the start, and of some an opening, the kinds in turn."""
+    draw = random.Random(seed)
+    count = round(opened_share * number) if loaded.tokenizer is not None else 0
+    told = []
+    for text in drawn_openings(count, draw):
+        tokens = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+        told.append([*start, *(t for t in tokens if t < loaded.vocabulary)][: loaded.window // 2])
+    told += [start or [draw.randrange(loaded.vocabulary)] for _ in range(number - count)]
+    draw.shuffle(told)
+    return told
+
+
+def drawn_openings(count: int, draw: random.Random) -> list[str]:
+    """Openings of all kinds in turn, each kind in an order of its own; again from its start where it is through."""
+    kinds = json.loads(OPENINGS.read_text(encoding="utf-8"))
+    orders = {kind: draw.sample(texts, len(texts)) for kind, texts in kinds.items()}
+    names = list(orders)
+    return [
+        orders[names[k % len(names)]][k // len(names) % len(orders[names[k % len(names)]])]
+        for k in range(count)
+    ]
+
+
+def _windows_at_once(loaded: LoadedModel) -> int:
+    """Windows sampled together: each step reads all weights once, and the cache of keys and values is to fit."""
+    output = loaded.model(torch.zeros(1, 1, dtype=torch.int64, device=loaded.device), use_cache=True)
+    held = sum(
+        tensor.numel()
+        for layer in getattr(output.past_key_values, "layers", [])
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if isinstance(tensor, Tensor)
+    )
+    weights = sum(parameter.numel() for parameter in loaded.model.parameters())
+    return max(8, min(MOST_AT_ONCE, 4 * weights // max(1, held * loaded.window)))
+
+
+def _sampled(
+    loaded: LoadedModel,
+    told: list[list[int]],
+    length: int,
+    generator: torch.Generator,
+    progress: Callable[[float, int], None],
+) -> Tensor:
+    """int64 (n, length) windows that begin as told; at every step each either reads what it is told or draws."""
+    size = len(told)
+    told_nT = torch.full((size, length), -1)
+    for row, tokens in enumerate(told):
+        told_nT[row, : len(tokens)] = torch.tensor(tokens)
+    told_nT = told_nT.to(loaded.device)
+    tokens_nT, cache = told_nT.clone(), None
+    finite = torch.ones((), dtype=torch.bool, device=loaded.device)
+    for t in range(length - 1):
+        output = loaded.model(tokens_nT[:, t : t + 1], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits_nV = output.logits[:, -1].float()
+        drawn_n, total_n = _drawn(logits_nV, generator)
+        finite &= torch.isfinite(total_n).all()
+        tokens_nT[:, t + 1] = torch.where(told_nT[:, t + 1] >= 0, told_nT[:, t + 1], drawn_n)
+        if (t + 1) % STEPS_REPORTED == 0 or t + 2 == length:
+            if not finite:
+                check_finite(loaded.model, logits_nV.new_full((1,), torch.nan))
+            progress((t + 1) / (length - 1), size)
+    return tokens_nT.cpu()
+
+
+def _drawn(logits_nV: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A token of each row from its softmax, by inverting the cumulative sum, and the sums (n,)."""
+    weight_nV = (logits_nV - logits_nV.amax(-1, keepdim=True)).exp_()
+    cumulative_nV = weight_nV.double().cumsum(-1)
+    total_n1 = cumulative_nV[:, -1:]
+    uniform_n1 = torch.rand(
+        len(logits_nV), 1, dtype=torch.float64, generator=generator, device=logits_nV.device
+    )
+    drawn_n1 = torch.searchsorted(cumulative_nV, uniform_n1 * total_n1, right=True)
+    return drawn_n1[:, 0].clamp(max=logits_nV.shape[1] - 1), total_n1[:, 0]
 
 
 def tokens_sha256(tokens_NT: Tensor) -> str:
     return hashlib.sha256(tokens_NT.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class BlockCall:
-    """How the model calls a block, beside its hidden states: the same for every batch of one size."""
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-    def __call__(self, block: nn.Module, hidden_NTd: Tensor) -> Tensor:
-        output = block(hidden_NTd, *self.arguments, **self.keywords)
-        return output if isinstance(output, Tensor) else output[0]
-
-
-class BlockInputs:
-    """The input of one block for every calibration window, a float32 file (N, T, d) read batch by batch.
-
-    Plain reads and writes: a full disk ends a memory map with SIGBUS instead of an error.
-    """
-
-    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
-        self.path, self.shape = path, shape
-        self._window = shape[1] * shape[2]
-        self.held: Tensor | None = None
-        """All of it, where it is on the device already."""
-
-    def write(self, first: int, hidden_NTd: Tensor) -> None:
-        with self.path.open("r+b" if self.path.exists() else "wb") as file:
-            file.seek(4 * first * self._window)
-            file.write(hidden_NTd.float().cpu().contiguous().numpy().data)
-
-    def batches(self, windows: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        """The first window's index and the inputs of at most `windows` windows, in turn."""
-        for first in range(0, self.shape[0], windows):
-            count = min(windows, self.shape[0] - first)
-            there = self.held is not None
-            yield first, self.held[first : first + count] if there else self._read(first, count, device)
-
-    def brought(self, device: torch.device) -> Tensor:
-        """All of it, (N, T, d), on a device."""
-        return self._read(0, self.shape[0], device)
-
-    def _read(self, first: int, count: int, device: torch.device) -> Tensor:
-        values = np.fromfile(self.path, np.float32, count * self._window, offset=4 * first * self._window)
-        return torch.from_numpy(values).view(count, *self.shape[1:]).to(device)
-
-
-@contextmanager
-def captured_inputs(loaded: LoadedModel) -> Iterator[dict[int, tuple[Tensor, BlockCall]]]:
-    """While open, every forward pass leaves each block's hidden states and call here."""
-    seen: dict[int, tuple[Tensor, BlockCall]] = {}
-    handles = []
-
-    def capture(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            keywords = {k: v for k, v in keywords.items() if k not in ("past_key_values", "use_cache")}
-            if arguments:
-                hidden, rest = arguments[0], arguments[1:]
-            else:
-                hidden, rest = keywords.pop("hidden_states"), ()
-            seen[index] = (hidden.detach(), BlockCall(rest, keywords))
-
-        return hook
-
-    for index, block in enumerate(loaded.blocks):
-        handles.append(block.register_forward_pre_hook(capture(index), with_kwargs=True))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-BlockCalls = dict[int, list[BlockCall]]
-"""How each block is called, by batch size."""
-
-
-def block_calls(loaded: LoadedModel, tokens_NT: Tensor) -> BlockCalls:
-    """Of full batches, then of a short last one."""
-    calls: BlockCalls = {}
-    batch = loaded.windows_per_batch
-    sizes = {min(batch, len(tokens_NT)), len(tokens_NT) % batch} - {0}
-    for size in sizes:
-        with captured_inputs(loaded) as seen, torch.no_grad():
-            loaded.model(tokens_NT[:size].to(loaded.device), use_cache=False)
-        calls[size] = [seen[index][1] for index in range(len(loaded.block_names))]
-    return calls
-
-
-def gradient_moments(
-    loaded: LoadedModel, tokens_NT: Tensor, seed: int, inputs: list[BlockInputs], progress: Progress = silent
-) -> tuple[dict[str, Tensor], BlockCalls]:
-    """diag G of every layer, float32 (O,) per token of calibration; every block's inputs are written to `inputs`.
-
-    How blocks were called comes with it, as from `block_calls`.
-
-    One forward pass without a graph, then block by block backwards, each recomputed from its input, so that only
-    one block's activations are held.
-    """
-    generator = torch.Generator(device=loaded.device).manual_seed(seed)
-    total = {
-        layer.name: torch.zeros(layer.rows, dtype=torch.float64, device=loaded.device)
-        for layer in loaded.layers
-    }
-    calls: BlockCalls = {}
-    batch = loaded.windows_per_batch
-    for first in range(0, len(tokens_NT), batch):
-        batch_NT = tokens_NT[first : first + batch].to(loaded.device)
-        with captured_inputs(loaded) as seen:
-            gradient = _output_gradient(loaded, batch_NT, generator)
-        calls.setdefault(len(batch_NT), [seen[index][1] for index in range(len(loaded.block_names))])
-        for index in reversed(range(len(loaded.block_names))):
-            hidden, call = seen.pop(index)
-            inputs[index].write(first, hidden)
-            gradient = _block_gradient(loaded, index, call, hidden, gradient, total)
-        progress("gradients", min(first + batch, len(tokens_NT)), len(tokens_NT))
-    moments = {name: (moment / tokens_NT.numel()).float() for name, moment in total.items()}
-    return _lend_to_silent(loaded, moments), calls
-
-
-def _lend_to_silent(loaded: LoadedModel, moments: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give a layer that no token reached (an expert never routed to) the mean of its like in the same block.
-
-    It would otherwise cost nothing to destroy, and the next text may route to it.
-    """
-    lent = {}
-    for layer in loaded.layers:
-        like = [
-            moments[other.name]
-            for other in loaded.layers_of(layer.block)
-            if (other.rows, other.name.rpartition(".")[2]) == (layer.rows, layer.name.rpartition(".")[2])
-        ]
-        heard = [moment for moment in like if moment.any()]
-        silent_layer = not moments[layer.name].any() and heard
-        lent[layer.name] = torch.stack(heard).mean(dim=0) if silent_layer else moments[layer.name]
-    return lent
-
-
-def _output_gradient(loaded: LoadedModel, batch_NT: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient of −Σ log p(ŷ) by the last block's output; by the logits it is p − onehot(ŷ), made in their place."""
-    leaves: list[Tensor] = []
-
-    def cut(module: nn.Module, arguments: Any, output: Any) -> Any:
-        hidden = (output if isinstance(output, Tensor) else output[0]).detach().requires_grad_()
-        leaves.append(hidden)
-        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
-
-    handle = loaded.blocks[-1].register_forward_hook(cut)
-    try:
-        logits_NTV = loaded.model(batch_NT, use_cache=False).logits.float()
-    finally:
-        handle.remove()
-    check_finite(loaded.model, logits_NTV)
-    by_logits_nV = logits_NTV.detach().flatten(0, 1)
-    by_logits_nV.sub_(by_logits_nV.amax(-1, keepdim=True)).exp_()
-    by_logits_nV.div_(by_logits_nV.sum(-1, keepdim=True))
-    for piece_mV in by_logits_nV.split(TOKENS_DRAWN):
-        drawn_m1 = torch.multinomial(piece_mV, 1, generator=generator)
-        piece_mV.scatter_add_(1, drawn_m1, torch.full_like(drawn_m1, -1, dtype=piece_mV.dtype))
-    logits_NTV.backward(by_logits_nV.view_as(logits_NTV))
-    gradient = leaves[0].grad
-    assert gradient is not None
-    return gradient
-
-
-def _block_gradient(
-    loaded: LoadedModel,
-    index: int,
-    call: BlockCall,
-    hidden_NTd: Tensor,
-    gradient_NTd: Tensor,
-    total: dict[str, Tensor],
-) -> Tensor:
-    """Add the squared output gradients of the block's layers to `total`; the gradient by the block's input."""
-
-    def watch(name: str) -> Callable[..., None]:
-        def add(gradient: Tensor) -> None:
-            total[name] += gradient.flatten(0, -2).square().sum(dim=0)
-
-        def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
-            output.register_hook(add)
-
-        return hook
-
-    handles = [
-        loaded.model.get_submodule(layer.name).register_forward_hook(watch(layer.name))
-        for layer in loaded.layers_of(index)
-    ]
-    hidden_NTd = hidden_NTd.requires_grad_()
-    try:
-        call(loaded.blocks[index], hidden_NTd).backward(gradient_NTd)
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert hidden_NTd.grad is not None
-    return hidden_NTd.grad
-
-
-@dataclass(frozen=True, slots=True)
-class InputMoment:
-    """H = mean x xᵀ (I, I), float32, over `count` tokens, and the layers that share this input."""
-
-    layers: tuple[Layer, ...]
-    hessian_II: Tensor
-    count: int
-
-
-@torch.no_grad()
-def input_moments(
-    loaded: LoadedModel,
-    index: int,
-    calls: BlockCalls,
-    inputs: BlockInputs,
-    outputs: BlockInputs | None = None,
-) -> list[InputMoment]:
-    """H of every distinct input in a block, from the block's stored inputs; writes the block's outputs if asked.
-
-    On CUDA x is rounded to TF32, finer than the bfloat16 that models run in; so H is that of x as rounded, and
-    positive semidefinite.
-
-    A layer that no token reached (an expert never routed to) has H = I, so that its plain weight error counts.
-    """
-    layers = loaded.layers_of(index)
-    leader: dict[str, str] = {}
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    live: dict[int, tuple[Tensor, str]] = {}
-
-    def watch(layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[0]
-            known = live.get(id(x))
-            first = known[1] if known is not None and known[0] is x else layer.name
-            live[id(x)] = (x, first)
-            if leader.setdefault(layer.name, first) != layer.name:
-                return
-            x_nI = x.flatten(0, -2).float()
-            if layer.name not in sums:
-                sums[layer.name] = torch.zeros(layer.columns, layer.columns, device=x.device)
-                counts[layer.name] = 0
-            with tensor_cores():
-                sums[layer.name].addmm_(x_nI.T, x_nI)
-            counts[layer.name] += len(x_nI)
-
-        return hook
-
-    handles = []
-    for layer in layers:
-        handles.append(loaded.model.get_submodule(layer.name).register_forward_pre_hook(watch(layer)))
-    try:
-        for first, hidden_NTd in inputs.batches(loaded.windows_per_batch, loaded.device):
-            live.clear()
-            with tensor_cores():
-                output = calls[len(hidden_NTd)][index](loaded.blocks[index], hidden_NTd)
-            if outputs is not None:
-                outputs.write(first, output)
-    finally:
-        for handle in handles:
-            handle.remove()
-    moments = []
-    for layer in layers:
-        if leader.get(layer.name, layer.name) != layer.name:
-            continue
-        members = tuple(other for other in layers if leader.get(other.name, other.name) == layer.name)
-        count = counts.get(layer.name, 0)
-        identity_II = torch.eye(layer.columns, device=loaded.device)
-        moments.append(InputMoment(members, sums[layer.name] / count if count else identity_II, count))
-    return moments

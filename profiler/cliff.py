@@ -97,7 +97,7 @@ def measure_cliff(
     model's numbers overflow.
     """
     check_windows(tokens_NT)
-    reference = stored_logits(loaded.model, tokens_NT, folder / "reference_logits.f32")
+    reference = stored_logits(loaded, tokens_NT, folder / "reference.f32")
     rounded = {layer: rounded_weight(loaded.weight(layer)) for layer in loaded.layers}
     with substituted(loaded, rounded):
         threshold = window_kls(loaded, reference, tokens_NT).mean()
@@ -168,7 +168,7 @@ def window_kls(loaded: LoadedModel, reference: Reference, tokens_NT: Tensor) -> 
         batch_NT = tokens_NT[first : first + BATCH].to(loaded.device)
         logits_NTV = loaded.model(batch_NT, use_cache=False).logits.float()
         check_finite(loaded.model, logits_NTV, "logits at reduced rank")
-        rows.append(window_divergences(logits_NTV, reference(first, batch_NT)))
+        rows.append(window_divergences(logits_NTV, reference, first, batch_NT))
     return torch.cat(rows).double().cpu().numpy()
 
 

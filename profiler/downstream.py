@@ -130,6 +130,7 @@ def task_scores(loaded: LoadedModel, tasks: Tasks, limit: int | None, batch: int
                     tokenizer=loaded.tokenizer,
                     batch_size=batch,
                     max_length=loaded.window,
+                    add_bos_token=bool(loaded.text_start),
                 ),
                 tasks=list(tasks.names),
                 task_manager=_manager(tasks.folder),

@@ -7,19 +7,19 @@ What lives here: measuring on given token windows, and decoding speed. Loading i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from profiler.calibration import Progress, silent
 from profiler.layers import LoadedModel, check_finite
+from profiler.moments import BlockInputs
+from profiler.substitution import Continuation
 
 BATCH = 1
 COMPARED = 32
@@ -41,47 +41,97 @@ class Fidelity:
 
 
 EmptyCache = Callable[[], Cache]
-Reference = Callable[[int, Tensor], Iterator[Iterable[Tensor]]]
-"""The original model's logits for the windows (N, T) that start at an index: of each window in turn all positions but
-the last, in pieces (`COMPARED`, V)."""
 
 
-def live_logits(reference: PreTrainedModel) -> Reference:
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The original model's logits, and which positions of a window count.
+
+    logits: for the windows (N, T) that start at an index, of each window in turn those of all scored positions, in
+    pieces (`COMPARED`, V). Position t predicts token t + 1; scored are those from `first_scored` on that predict a
+    token of the window (`LoadedModel.first_scored`).
+    """
+
+    first_scored: int
+    logits: Callable[[int, Tensor], Iterator[Iterable[Tensor]]]
+
+    def scored(self, logits_TV: Tensor) -> Tensor:
+        return logits_TV[self.first_scored : -1]
+
+    def targets(self, tokens_T: Tensor) -> Tensor:
+        """The tokens that the scored positions predict."""
+        return tokens_T[self.first_scored + 1 :]
+
+
+def live_logits(loaded: LoadedModel) -> Reference:
     """Logits computed when asked for. Asking raises `ModelError` where they are NaN or infinite."""
-    device = next(reference.parameters()).device
 
     def compute(first: int, batch_NT: Tensor) -> Iterator[Iterable[Tensor]]:
-        logits_NTV = reference(batch_NT.to(device), use_cache=False).logits.float()
-        check_finite(reference, logits_NTV)
+        logits_NTV = loaded.model(batch_NT.to(loaded.device), use_cache=False).logits.float()
+        check_finite(loaded.model, logits_NTV)
         for logits_TV in logits_NTV:
-            yield logits_TV[:-1].split(COMPARED)
+            yield logits_TV[loaded.first_scored : -1].split(COMPARED)
 
-    return compute
+    return Reference(loaded.first_scored, compute)
 
 
 @torch.inference_mode()
-def stored_logits(reference: PreTrainedModel, tokens_NT: Tensor, path: Path) -> Reference:
-    """Logits computed now and kept in a file, for when the model itself is about to change."""
-    live, sizes, vocabulary = live_logits(reference), list[int](), 0
-    with path.open("wb") as file:
+def stored_logits(loaded: LoadedModel, tokens_NT: Tensor, path: Path) -> Reference:
+    """Logits of the model as it is now, for when its layers, its embedding or its head are about to change.
+
+    What leaves the last block is kept in a file, and what comes after it is run again, with the embedding and head of
+    now: a vocabulary of 262,144 has logits 400 times as large as the hidden states that they come from. Raises
+    `ModelError` where logits are NaN or infinite.
+    """
+    hidden = final_hidden_states(loaded, tokens_NT, path)
+    continuation, depth = Continuation.of(loaded), len(loaded.block_names)
+    modules = [m for m in (loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings()) if m]
+    weights = [module._parameters["weight"] for module in modules]
+
+    @torch.inference_mode()
+    def compute(first: int, batch_NT: Tensor) -> Iterator[Iterable[Tensor]]:
+        changed = [module._parameters["weight"] for module in modules]
+        for offset in range(len(batch_NT)):
+            window_1T = batch_NT[offset : offset + 1]
+            hidden_1Td = hidden.read(first + offset, 1, loaded.device)
+            try:
+                _put_weights(modules, weights)
+                logits_TV = continuation.logits(depth, hidden_1Td, window_1T)[0]
+            finally:
+                _put_weights(modules, changed)
+            yield logits_TV[loaded.first_scored : -1].split(COMPARED)
+
+    return Reference(loaded.first_scored, compute)
+
+
+def _put_weights(modules: Sequence[nn.Module], weights: Sequence[nn.Parameter | None]) -> None:
+    for module, weight in zip(modules, weights, strict=True):
+        module._parameters["weight"] = weight
+
+
+def final_hidden_states(loaded: LoadedModel, tokens_NT: Tensor, path: Path) -> BlockInputs:
+    """What leaves the last block, for every window. Raises `ModelError` where the logits are NaN or infinite."""
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, arguments: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        seen.append(output if isinstance(output, Tensor) else output[0])
+
+    path.unlink(missing_ok=True)
+    kept: BlockInputs | None = None
+    handle = loaded.blocks[-1].register_forward_hook(note)
+    try:
         for first in range(0, len(tokens_NT), BATCH):
-            for window in live(first, tokens_NT[first : first + BATCH]):
-                sizes.clear()
-                for piece_tV in window:
-                    vocabulary = piece_tV.shape[1]
-                    sizes.append(file.write(piece_tV.cpu().contiguous().numpy().data))
-
-    def pieces(window: int) -> Iterator[Tensor]:
-        offset = window * sum(sizes)
-        for size in sizes:
-            logits = np.fromfile(path, np.float32, size // 4, offset=offset)
-            yield torch.from_numpy(logits).view(-1, vocabulary)
-            offset += size
-
-    def read(first: int, batch_NT: Tensor) -> Iterator[Iterable[Tensor]]:
-        return map(pieces, range(first, first + len(batch_NT)))
-
-    return read
+            logits_NTV = loaded.model(
+                tokens_NT[first : first + BATCH].to(loaded.device), use_cache=False
+            ).logits
+            check_finite(loaded.model, logits_NTV)
+            hidden_NTd = seen.pop()
+            kept = kept or BlockInputs(path, (*tokens_NT.shape, hidden_NTd.shape[-1]))
+            kept.write(first, hidden_NTd)
+    finally:
+        handle.remove()
+    assert kept is not None
+    return kept
 
 
 @torch.inference_mode()
@@ -104,9 +154,9 @@ def compare(
         past = cache() if cache else None
         logits_NTV = model(batch_NT, past_key_values=past, use_cache=past is not None).logits.float()
         rows += [
-            _compare(logits_TV[:-1], window, tokens_T[1:])
+            _compare(reference.scored(logits_TV), window, reference.targets(tokens_T))
             for logits_TV, window, tokens_T in zip(
-                logits_NTV, reference(first, batch_NT), batch_NT, strict=True
+                logits_NTV, reference.logits(first, batch_NT), batch_NT, strict=True
             )
         ]
         progress("measuring", min(first + batch, len(tokens_NT)), len(tokens_NT))
@@ -131,7 +181,7 @@ def measure(
         reference_perplexity=float(torch.tensor(reference_nll).exp()),
         logits_cosine=cosine,
         top1_agreement=agreement,
-        tokens=tokens_NT.numel() - len(tokens_NT),
+        tokens=len(tokens_NT) * len(reference.targets(tokens_NT[0])),
     )
 
 
@@ -158,11 +208,12 @@ def divergence(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def window_divergences(logits_NTV: Tensor, reference: Iterable[Iterable[Tensor]]) -> Tensor:
-    """(N,): KL(reference ‖ logits) in nats/token of every window, over the positions that `measure` counts."""
+def window_divergences(logits_NTV: Tensor, reference: Reference, first: int, tokens_NT: Tensor) -> Tensor:
+    """(N,): KL(reference ‖ logits) in nats/token of the windows from `first` on, over the positions that `measure`
+    counts."""
     means = []
-    for q_TV, window in zip(logits_NTV, reference, strict=True):
-        pieces = zip(window, q_TV[:-1].split(COMPARED), strict=True)
+    for q_TV, window in zip(logits_NTV, reference.logits(first, tokens_NT), strict=True):
+        pieces = zip(window, reference.scored(q_TV).split(COMPARED), strict=True)
         found = [divergence(p_tV.to(q_tV).log_softmax(-1), q_tV.log_softmax(-1)) for p_tV, q_tV in pieces]
         means.append(torch.cat(found).mean())
     return torch.stack(means)

@@ -31,20 +31,12 @@ from allocator.plan import PlanModel
 from allocator.storage import Option
 from compressor.curvature import Curvature
 from compressor.decompose import decompose
-from profiler.calibration import (
-    BlockCalls,
-    BlockInputs,
-    Progress,
-    block_calls,
-    check_known,
-    check_windows,
-    input_moments,
-    silent,
-)
+from profiler.calibration import Progress, check_known, check_windows, silent
 from profiler.companion import BlockFidelity, FidelityDocument
 from profiler.estimate import CONFIDENCE, RESAMPLES, SEED, estimate, resampled_means
 from profiler.evaluation import BATCH, Reference, stored_logits, window_divergences
 from profiler.layers import LoadedModel, check_finite
+from profiler.moments import BlockCalls, BlockInputs, TokenWeights, block_calls, input_moments
 from profiler.states import NEGATIVES, Negatives, Pool, influence
 from profiler.stream import first_inputs
 from profiler.substitution import Continuation, Weights, substituted
@@ -100,7 +92,7 @@ def measure_blocks(
     windows = _Windows(
         loaded,
         tokens_NT,
-        stored_logits(loaded.model, tokens_NT, folder / "reference_logits.f32"),
+        stored_logits(loaded, tokens_NT, folder / "reference.f32"),
         block_calls(loaded, tokens_NT),
         Continuation.of(loaded),
         Negatives.drawn(loaded, tokens_NT, SEED),
@@ -151,28 +143,31 @@ def _divergences(windows: _Windows, index: int, first: int, changed_NTd: Tensor)
         tokens_NT = windows.tokens_NT[at : at + len(hidden_NTd)]
         logits_NTV = windows.continuation.logits(index + 1, hidden_NTd, tokens_NT)
         check_finite(windows.loaded.model, logits_NTV, f"logits with block {index} compressed")
-        parts.append(window_divergences(logits_NTV, windows.reference(at, tokens_NT)))
+        parts.append(window_divergences(logits_NTV, windows.reference, at, tokens_NT))
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def compressed_blocks(
-    loaded: LoadedModel, tokens_NT: Tensor, folder: Path, option: Option = PROBE
+    loaded: LoadedModel,
+    tokens_NT: Tensor,
+    token_weights: TokenWeights | None,
+    folder: Path,
+    option: Option = PROBE,
 ) -> Iterator[Weights]:
     """Every block's layers compressed at `option` under the calibration windows int64 (N, T), block by block.
 
-    folder: where hidden states lie meanwhile.
+    token_weights: of these windows, `None` for even ones. folder: where hidden states lie meanwhile.
     """
     calls = block_calls(loaded, tokens_NT)
     current = first_inputs(loaded, tokens_NT, folder / "calibration-0.f32")
     for index in range(len(loaded.block_names)):
         following = BlockInputs(folder / f"calibration-{(index + 1) % 2}.f32", current.shape)
         weights = {}
-        for moment in input_moments(loaded, index, calls, current, following):
+        for moment in input_moments(loaded, index, calls, current, token_weights, following):
             curvature = Curvature.of(moment.hessian_II)
-            for layer in moment.layers:
-                ((_, found),) = decompose([loaded.weight(layer)], curvature, [option])
-                weights[layer] = found.dense()
+            ((_, found),) = decompose([loaded.weight(moment.layer)], curvature, [option])
+            weights[moment.layer] = found.dense()
         yield weights
         current = following
 

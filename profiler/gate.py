@@ -47,7 +47,7 @@ def verified(
     contests = [_Contest.of(menu, plan, swaps) for plan in plans]
     wanted = {choice.tobytes(): choice for contest in contests for choice in contest.choices}
     trials = [trial_of(menu, choice) for choice in wanted.values()]
-    found_PN5 = measure_trials(loaded, profile.calibration_tokens(), tokens_NT, trials, folder, progress)
+    found_PN5 = measure_trials(loaded, profile.calibration(), tokens_NT, trials, folder, progress)
     measured = dict(zip(wanted, found_PN5, strict=True))
     return [
         contest.decided(profile, torch.stack([measured[choice.tobytes()] for choice in contest.choices]))

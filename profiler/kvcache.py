@@ -168,7 +168,7 @@ def cache_kl(
     for first in range(0, len(tokens_NT), BATCH):
         batch_NT = tokens_NT[first : first + BATCH].to(loaded.device)
         logits_NTV = loaded.model(batch_NT, past_key_values=empty(), use_cache=True).logits.float()
-        rows.append(window_divergences(logits_NTV, reference(first, batch_NT)))
+        rows.append(window_divergences(logits_NTV, reference, first, batch_NT))
     return torch.cat(rows).double().cpu().numpy()
 
 
@@ -231,7 +231,7 @@ def plain_bytes(found: KeysAndValues, tokens: int, batch: int = 1) -> int:
 
 
 def reference_logits(loaded: LoadedModel, tokens_NT: Tensor, folder: Path) -> Reference:
-    return stored_logits(loaded.model, tokens_NT, folder / "reference_logits.f32")
+    return stored_logits(loaded, tokens_NT, folder / "reference.f32")
 
 
 def plain_speed(loaded: LoadedModel, tokens_T: Tensor) -> float:

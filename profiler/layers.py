@@ -33,6 +33,10 @@ BATCH_WINDOWS = {"cpu": 4, "cuda": 16}
 """Windows of one batch at most; on a GPU, every batch has every block brought there."""
 
 
+START_SAMPLE = "a"
+"""A text whose tokens show what a tokenizer adds before it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One compressible matrix. rows and columns are of W in y = Wx, whichever way the module stores it."""
@@ -57,6 +61,7 @@ Source = Callable[[str], Tensor]
 class LoadedModel:
     """A causal LM in float32, evaluation mode, gradients off; `storage_dtype` is the checkpoint's own.
 
+    `text_start` is what the tokenizer puts before a text: usually one `<bos>`, or nothing.
     `offload` is None where the whole model is in memory. Where it is not, a block is read when it is called and
     dropped afterwards, so `model(…)` works either way; a block's weights are to be had through `weight`.
     """
@@ -69,6 +74,7 @@ class LoadedModel:
     layers: tuple[Layer, ...]
     source: Source
     offload: Offload | None = None
+    text_start: tuple[int, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -85,11 +91,20 @@ class LoadedModel:
         return min(512, int(context))
 
     @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def first_scored(self) -> int:
+        """The first position of a window whose logits count: they predict a token of the text, not of its start."""
+        return max(0, len(self.text_start) - 1)
+
+    @property
     def windows_per_batch(self) -> int:
         """Windows run at once: `BATCH_WINDOWS`, or as many as keep a batch's logits within `BATCH_LOGITS`."""
-        vocabulary = self.model.config.get_text_config().vocab_size
         kind = "cuda" if self.device.type == "cuda" else "cpu"
-        return max(1, min(BATCH_WINDOWS[kind], BATCH_LOGITS[kind] // (self.window * vocabulary)))
+        return max(1, min(BATCH_WINDOWS[kind], BATCH_LOGITS[kind] // (self.window * self.vocabulary)))
 
     def layers_of(self, block: int) -> list[Layer]:
         return [layer for layer in self.layers if layer.block == block]
@@ -139,8 +154,11 @@ def load_model(ref: ModelRef, device: str = "cpu") -> LoadedModel:
     model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
     block_names = find_blocks(model)
     layers = find_layers(model, block_names)
-    state = model.state_dict()
-    return LoadedModel(ref, model, load_tokenizer(ref), storage_dtype, block_names, layers, state.__getitem__)
+    state, tokenizer = model.state_dict(), load_tokenizer(ref)
+    start = text_start(ref, tokenizer, model)
+    return LoadedModel(
+        ref, model, tokenizer, storage_dtype, block_names, layers, state.__getitem__, text_start=start
+    )
 
 
 def open_model(ref: ModelRef, device: str = "cpu") -> LoadedModel:
@@ -161,7 +179,9 @@ def open_model(ref: ModelRef, device: str = "cpu") -> LoadedModel:
 
     offload = Offload(model, block_names, read, torch.device(device))
     model = model.eval().requires_grad_(False)
-    return LoadedModel(ref, model, load_tokenizer(ref), storage_dtype, block_names, layers, source, offload)
+    tokenizer = load_tokenizer(ref)
+    start = text_start(ref, tokenizer, model)
+    return LoadedModel(ref, model, tokenizer, storage_dtype, block_names, layers, source, offload, start)
 
 
 def _skeleton(ref: ModelRef) -> tuple[PreTrainedModel, Source, torch.dtype] | None:
@@ -259,6 +279,28 @@ def load_tokenizer(ref: ModelRef) -> Any | None:
         return AutoTokenizer.from_pretrained(ref.path, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, AttributeError):
         return None
+
+
+def text_start(ref: ModelRef, tokenizer: Any | None, model: PreTrainedModel) -> tuple[int, ...]:
+    """The tokens that the tokenizer puts before a text; without a tokenizer, the configuration's `<bos>`.
+
+    Many models work badly without them (attention sinks, Xiao et al., arXiv 2309.17453). Raises `ModelError` where
+    the model has no embedding for them.
+    """
+    config = model.config.get_text_config()
+    if tokenizer is None:
+        start = (config.bos_token_id,) if isinstance(config.bos_token_id, int) else ()
+        return start if all(0 <= token < config.vocab_size for token in start) else ()
+    plain = list(tokenizer(START_SAMPLE, add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer(START_SAMPLE)["input_ids"])
+    places = [k for k in range(len(whole)) if whole[k : k + len(plain)] == plain]
+    start = tuple(whole[: places[0]]) if places else ()
+    if any(not 0 <= token < config.vocab_size for token in start):
+        raise ModelError(
+            f"the tokenizer of {ref.id} starts every text with token {max(start)}, but the model knows"
+            f" {config.vocab_size}; copy the model's own tokenizer beside it"
+        )
+    return start
 
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ def measure_probes(
     loaded: LoadedModel, tokens_NT: Tensor, predicted: dict[Option, float], folder: Path, progress: Progress
 ) -> list[Probe]:
     """Measure every probe on held-back windows."""
-    reference = stored_logits(loaded.model, tokens_NT, folder / "reference_logits.f32")
+    reference = stored_logits(loaded, tokens_NT, folder / "reference.f32")
     probes = []
     for index, (option, predicted_kl) in enumerate(sorted(predicted.items())):
         with loaded.replacing(lambda layer, option=option: read_probe(folder, layer, option)):

@@ -5,6 +5,7 @@ What lives here: the files of a profile directory, and reading one as a `Menu`. 
     profile.json           schema version, digests, settings, versions, layers with sensitivity and fit, probes, gain
     measurements.parquet   one row per layer and option: the relative squared output error, its interval if predicted
     calibration.safetensors  the token windows, so that a plan is carried out on what it was measured on
+    token_weights.safetensors  what each of their tokens weighs in the Hessian of each layer; earlier profiles have none
     tables.json            prices of the embedding and the output head, a companion; earlier profiles have none
     .work/                 while unfinished: statistics and finished layers
 """
@@ -39,7 +40,10 @@ from profiler.measurement import GridSettings, Measurement
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from profiler.moments import TokenWeights
+
 SCHEMA_VERSION = 1
+TOKEN_WEIGHTS = "token_weights.safetensors"
 COLUMNS = ("layer", *(field.name for field in fields(Option)), "error", "half_width")
 LATER_COLUMNS = {"heads": 1, "rotated": False, "half_width": 0.0}
 """Columns that a table may lack, and what they then hold."""
@@ -197,6 +201,17 @@ class Profile:
         """The 90 % prediction interval's ends as multiples of a prediction."""
         gain = self.document.gain
         return gain.low / gain.mean, gain.high / gain.mean
+
+    def calibration(self) -> tuple[Tensor, TokenWeights | None]:
+        """The windows the statistics are over, and what their tokens weigh; `None` in a profile that has no weights."""
+        return self.calibration_tokens(), self.token_weights()
+
+    def token_weights(self) -> TokenWeights | None:
+        """What every token of `calibration_tokens` weighs in the Hessian of every layer."""
+        from profiler.moments import TokenWeights
+
+        file = self.path / TOKEN_WEIGHTS
+        return TokenWeights.load(file) if file.exists() else None
 
     def calibration_tokens(self) -> Tensor:
         """int64 (N, T): the windows the statistics are over, without those held back for probes."""

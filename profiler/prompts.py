@@ -51,9 +51,12 @@ def sample_pair(original: LoadedModel, compressed: LoadedModel, prompt: str) -> 
 
 
 def prompt_tokens(loaded: LoadedModel, prompt: str) -> Tensor:
-    """int64 (1, T): the end of the prompt, as much as leaves room in the window for what follows."""
+    """int64 (1, T): as the tokenizer starts a text, then the end of the prompt, as much as leaves room in the window
+    for what follows."""
     found = loaded.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    return found[:, -max(1, loaded.window - NEW_TOKENS) :]
+    start = torch.tensor([loaded.text_start], dtype=found.dtype)
+    room = max(1, loaded.window - NEW_TOKENS - len(loaded.text_start))
+    return torch.cat((start, found[:, -room:]), dim=1)
 
 
 def continuation(loaded: LoadedModel, tokens_1T: Tensor) -> Tensor:

@@ -80,9 +80,7 @@ def recalibrate(
     with alone(output):
         work = prepare(output, request)
         trials = [trial_of(profile.menu, choice) for choice in choices]
-        kl_PN = measure_trials(loaded, profile.calibration_tokens(), tokens_NT, trials, work, progress)[
-            :, :, 0
-        ]
+        kl_PN = measure_trials(loaded, profile.calibration(), tokens_NT, trials, work, progress)[:, :, 0]
         _write(profile, choices, kl_PN, output)
         shutil.rmtree(work)
         return load_profile(output)

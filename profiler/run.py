@@ -36,14 +36,8 @@ from compressor.descent import PASSES
 from compressor.warming import warm_up
 from profiler.ahead import Ahead
 from profiler.calibration import (
-    BlockCalls,
-    BlockInputs,
     CalibrationError,
-    InputMoment,
     Progress,
-    block_calls,
-    gradient_moments,
-    input_moments,
     sample_tokens,
     silent,
     text_tokens,
@@ -57,11 +51,22 @@ from profiler.gain import Probe, calibrate
 from profiler.layers import Layer, LoadedModel, load_model, open_model
 from profiler.measurement import BITS, FACTOR_BITS, GROUP_SIZES, GridSettings, Measurement
 from profiler.memory import leave_no_holes, return_fragments, return_freed_memory
+from profiler.moments import (
+    BlockCalls,
+    BlockInputs,
+    InputMoment,
+    TokenWeights,
+    block_calls,
+    gradient_means,
+    input_moments,
+    weigh_tokens,
+)
 from profiler.probes import PROBES, keeper, measure_probes
 from profiler.profile import (
     COLUMNS,
     LATER_COLUMNS,
     SCHEMA_VERSION,
+    TOKEN_WEIGHTS,
     CalibrationRecord,
     LayerRecord,
     Profile,
@@ -69,7 +74,7 @@ from profiler.profile import (
     load_profile,
 )
 from profiler.streams import side_by_side
-from profiler.sweep import LayerSweep, default_ranks, sweep_moment
+from profiler.sweep import LayerSweep, default_ranks, sweep_layer
 from profiler.tables import write_tables
 from profiler.workspace import is_finished, prepare
 from profiler.writer import Writer
@@ -180,9 +185,14 @@ class ProfileRun:
         return block_inputs(self.loaded, self.fitting_tokens, self.work)
 
     @cached_property
-    def moments(self) -> dict[str, Tensor]:
-        """diag G of every layer, from `work` once begun."""
-        return gradient_statistics(self, silent)
+    def token_weights(self) -> TokenWeights:
+        """What every token of `fitting_tokens` weighs for every layer, from `work` once begun."""
+        return weights_of_tokens(self, silent)
+
+    @cached_property
+    def gradient_means(self) -> dict[str, float]:
+        """E[w] of every layer."""
+        return gradient_means(self.loaded, self.token_weights)
 
     @property
     def calls(self) -> BlockCalls:
@@ -219,7 +229,7 @@ def open_run(ref: ModelRef, output: Path, settings: ProfileSettings) -> ProfileR
 
 
 def begin_profile(run: ProfileRun, progress: Progress) -> None:
-    """Tokens, gradient moments and every block's inputs into `run.work`, unless there. One process at a time."""
+    """Tokens, their weights and every block's inputs into `run.work`, unless there. One process at a time."""
     given_NT, _ = run.given
     warm_up(run.loaded.device)
     work = prepare(run.output, run.request)
@@ -227,7 +237,7 @@ def begin_profile(run: ProfileRun, progress: Progress) -> None:
         (work / part).mkdir(exist_ok=True)
     if given_NT is None:
         sampled_tokens(run.loaded.ref, run.settings, run.work, progress)
-    gradient_statistics(run, progress)
+    weights_of_tokens(run, progress)
     return_fragments()
 
 
@@ -255,27 +265,21 @@ def sweep_blocks(run: ProfileRun, indices: Iterable[int], progress: Progress) ->
 
 
 def _sweep_block(run: ProfileRun, index: int, writer: Writer, progress: Progress) -> Iterator[str]:
-    moments = input_moments(run.loaded, index, run.calls, run.inputs[index])
-    left = [moment for moment in moments if not run.is_swept(moment.layers)]
-    tasks = [partial(_sweep_layers, run, moment, run.moments, writer) for moment in left]
-    for names in side_by_side(run.loaded.device, tasks):
-        yield from names
+    moments = input_moments(run.loaded, index, run.calls, run.inputs[index], run.token_weights)
+    left = [moment for moment in moments if not run.is_swept([moment.layer])]
+    means = run.gradient_means
+    tasks = [partial(_sweep_layer, run, moment, means[moment.layer.name], writer) for moment in left]
+    for name in side_by_side(run.loaded.device, tasks):
+        yield name
         run.report_sweep(progress)
 
 
-def _sweep_layers(
-    run: ProfileRun, moment: InputMoment, gradient_moments: dict[str, Tensor], writer: Writer
-) -> list[str]:
+def _sweep_layer(run: ProfileRun, moment: InputMoment, gradient_mean: float, writer: Writer) -> str:
     keep, settings = keeper(run.work / "probes", writer), run.settings
-    sweeps = sweep_moment(
-        run.loaded, moment, gradient_moments, run.grid, keep, settings.rounds, settings.adaptive
-    )
-    names = []
-    for sweep in sweeps:
-        document = json.dumps(asdict(sweep)).encode()
-        writer.submit(partial(write_atomically, run.layer_file(sweep.layer), document))
-        names.append(sweep.layer.name)
-    return names
+    sweep = sweep_layer(run.loaded, moment, gradient_mean, run.grid, keep, settings.rounds, settings.adaptive)
+    document = json.dumps(asdict(sweep)).encode()
+    writer.submit(partial(write_atomically, run.layer_file(sweep.layer), document))
+    return sweep.layer.name
 
 
 def finish_profile(run: ProfileRun, progress: Progress) -> Profile:
@@ -318,6 +322,7 @@ def finish_profile(run: ProfileRun, progress: Progress) -> Profile:
     write_dossier(loaded, model, run.probe_tokens, run.given[1], run.work, output, progress)
     write_tables(loaded, model, run.probe_tokens, output, progress)
     write_atomically(output / "calibration.safetensors", save({"tokens": tokens_NT.int()}))
+    write_atomically(output / TOKEN_WEIGHTS, run.token_weights.serialized())
     write_atomically(output / "measurements.parquet", table)
     write_atomically(output / "profile.json", (document.model_dump_json(indent=1) + "\n").encode())
     shutil.rmtree(run.work)
@@ -403,14 +408,14 @@ def block_inputs(loaded: LoadedModel, tokens_NT: Tensor, work: Path) -> list[Blo
     return [BlockInputs(work / f"inputs-{index:05d}.f32", shape) for index in range(len(loaded.block_names))]
 
 
-def gradient_statistics(run: ProfileRun, progress: Progress) -> dict[str, Tensor]:
-    file = run.work / "gradient_moments.safetensors"
+def weights_of_tokens(run: ProfileRun, progress: Progress) -> TokenWeights:
+    file = run.work / TOKEN_WEIGHTS
     if not file.exists():
         tokens_NT, seed = run.fitting_tokens, run.settings.seed
-        found, calls = gradient_moments(run.loaded, tokens_NT, seed, run.inputs, progress)
+        found, calls = weigh_tokens(run.loaded, tokens_NT, seed, run.inputs, progress)
         run.seen_calls.update(calls)
-        write_atomically(file, save({name: moment.cpu() for name, moment in found.items()}))
-    return {name: moment.to(run.loaded.device) for name, moment in load_file(file).items()}
+        write_atomically(file, found.serialized())
+    return TokenWeights.load(file)
 
 
 def read_sweep(file: Path, layer: Layer) -> LayerSweep:

@@ -14,17 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from compressor.worker import BlockWork, LayerWork
-from profiler.calibration import BlockCalls, BlockInputs, block_calls, input_moments
 from profiler.layers import LoadedModel
+from profiler.moments import BlockCalls, BlockInputs, TokenWeights, block_calls, input_moments
 
 
-def block_works(loaded: LoadedModel, tokens_NT: Tensor, folder: Path) -> Iterator[BlockWork]:
-    """One `BlockWork` per block, in order; `folder` holds the activations meanwhile."""
+def block_works(
+    loaded: LoadedModel, tokens_NT: Tensor, weights: TokenWeights | None, folder: Path
+) -> Iterator[BlockWork]:
+    """One `BlockWork` per block, in order; `folder` holds the activations meanwhile.
+
+    weights: of these tokens, as the profile keeps them; `None` for a profile that has none.
+    """
     calls = block_calls(loaded, tokens_NT)
     current = first_inputs(loaded, tokens_NT, folder / "inputs-0.f32")
     for index in range(len(loaded.block_names)):
         following = BlockInputs(folder / f"inputs-{(index + 1) % 2}.f32", current.shape)
-        yield _block_work(loaded, index, calls, current, following)
+        yield _block_work(loaded, index, calls, current, weights, following)
         current = following
 
 
@@ -33,20 +38,20 @@ def _block_work(
     index: int,
     calls: BlockCalls,
     current: BlockInputs,
+    weights: TokenWeights | None,
     following: BlockInputs,
 ) -> BlockWork:
-    moments = input_moments(loaded, index, calls, current, following)
+    moments = input_moments(loaded, index, calls, current, weights, following)
 
     def layers() -> list[LayerWork]:
         return [
             LayerWork(
-                name=layer.name,
-                weight_OI=loaded.weight(layer),
+                name=moment.layer.name,
+                weight_OI=loaded.weight(moment.layer),
                 hessian_II=moment.hessian_II,
-                stored=loaded.stored_weight(layer),
+                stored=loaded.stored_weight(moment.layer),
             )
             for moment in moments
-            for layer in moment.layers
         ]
 
     return BlockWork(index, layers)

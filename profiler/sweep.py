@@ -1,12 +1,12 @@
 """The sweep: every layer truly compressed under every option of the grid, and what that costs.
 
-What lives here: measuring the layers of one input. The grid's options are in `measurement.py`, statistics come from
+What lives here: measuring one layer. The grid's options are in `measurement.py`, statistics come from
 `calibration.py`; resuming and files are for `run.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 
@@ -18,7 +18,6 @@ from compressor.curvature import Curvature
 from compressor.decompose import MAXIMUM_ELEMENTS, decompose
 from compressor.decomposition import Decomposition, by_column
 from compressor.precision import Operand, largest_of
-from profiler.calibration import InputMoment
 from profiler.closed_form import (
     ClosedForm,
     Corrected,
@@ -30,6 +29,7 @@ from profiler.closed_form import (
 from profiler.heads import separable_heads
 from profiler.layers import Layer, LoadedModel
 from profiler.measurement import GridSettings, Measurement
+from profiler.moments import InputMoment
 from profiler.streams import at_once
 
 WEIGHTS_PER_ELEMENT = 32
@@ -41,8 +41,8 @@ WIDE = 0.15
 
 @dataclass(frozen=True, slots=True)
 class LayerSweep:
-    """Everything measured of one layer. `signal` is tr(W H Wᵀ) per token; `sensitivity`, the nats of KL per token that
-    a unit of error costs before calibration, is ½·mean(diag G)·signal; `tokens` reached the layer."""
+    """Everything measured of one layer. `signal` is tr(W H Wᵀ) under the weighted H; `sensitivity`, the nats of KL per
+    token that a unit of error costs before calibration, is ½·E[w]·signal; `tokens` reached the layer."""
 
     layer: Layer
     measurements: tuple[Measurement, ...]
@@ -72,120 +72,97 @@ def elements_in_flight(loaded: LoadedModel) -> int:
     return min(MAXIMUM_ELEMENTS, sum(layer.weights for layer in loaded.layers) // WEIGHTS_PER_ELEMENT)
 
 
-def sweep_moment(
+def sweep_layer(
     loaded: LoadedModel,
     moment: InputMoment,
-    gradient_moments: dict[str, Tensor],
+    gradient_mean: float,
     grid: GridSettings,
     keep: Callable[[Layer, Decomposition], None],
     rounds: int,
     adaptive: bool = False,
-) -> Iterator[LayerSweep]:
-    """Measure the layers that share one input; `keep` sees every decomposition before it is dropped.
+) -> LayerSweep:
+    """Measure one layer under its H; `keep` sees every decomposition before it is dropped.
 
-    Adaptive: a few options of every layer are measured, and more until every other has an interval within `WIDE`.
+    gradient_mean: E[w] of its tokens. Adaptive: a few options are measured, and more until every other has an interval
+    within `WIDE`.
     """
-    curvature = Curvature.of(moment.hessian_II)
-    kinds = {layer: (layer.rows, layer.columns, separable_heads(loaded, layer)) for layer in moment.layers}
-    for kind in sorted(set(kinds.values())):
-        members = [layer for layer in moment.layers if kinds[layer] == kind]
-        bench = _Bench(loaded, curvature, members, grid.options(members[0], kind[2]), keep, rounds)
-        jobs = bench.first(adaptive)
-        while jobs:
-            bench.measure(jobs)
-            jobs = bench.still_wide()
-        for layer in members:
-            signal, predicted = bench.signal[layer.name], bench.corrected(layer)
-            estimates = [predicted.estimate(option) for option in bench.left(layer)] if predicted else []
-            yield LayerSweep(
-                layer=layer,
-                measurements=tuple(sorted(bench.found[layer.name] + estimates, key=lambda m: m.option)),
-                signal=signal,
-                sensitivity=0.5 * gradient_moments[layer.name].mean().item() * signal,
-                tokens=moment.count,
-                leave_one_out=predicted.leave_one_out if predicted else None,
-            )
-
-
-Job = tuple[Layer, Option]
+    layer = moment.layer
+    options = grid.options(layer, separable_heads(loaded, layer))
+    bench = _Bench(loaded, Curvature.of(moment.hessian_II), layer, options, keep, rounds)
+    wanted = first_measured(options) if adaptive else list(options)
+    while wanted:
+        bench.measure(wanted)
+        wanted = bench.still_wide()
+    predicted = bench.corrected()
+    estimates = [predicted.estimate(option) for option in bench.left()] if predicted else []
+    return LayerSweep(
+        layer=layer,
+        measurements=tuple(sorted(bench.found + estimates, key=lambda m: m.option)),
+        signal=bench.signal,
+        sensitivity=0.5 * gradient_mean * bench.signal,
+        tokens=moment.count,
+        leave_one_out=predicted.leave_one_out if predicted else None,
+    )
 
 
 class _Bench:
-    """Layers of one shape and as many heads under one Hessian: what was measured of each, and what that predicts."""
+    """One layer under its Hessian: what was measured of it, and what that predicts."""
 
     def __init__(
         self,
         loaded: LoadedModel,
         curvature: Curvature,
-        members: Sequence[Layer],
+        layer: Layer,
         options: Sequence[Option],
         keep: Callable[[Layer, Decomposition], None],
         rounds: int,
     ) -> None:
-        self.curvature, self.members, self.keep, self.rounds = curvature, members, keep, rounds
+        self.curvature, self.layer, self.keep, self.rounds = curvature, layer, keep, rounds
         self.elements = elements_in_flight(loaded)
         self.options = options
-        self.formed, self.spectrum = predictable(self.options), spectrum_option(self.options)
-        self.weights = {layer.name: by_column(loaded.weight(layer)) for layer in members}
-        self.largest = largest_of(*self.weights.values())
-        self.signal = {
-            name: curvature.squared_norms(Operand.of(w_OI, self.largest)).item()
-            for name, w_OI in self.weights.items()
-        }
-        self.found: dict[str, list[Measurement]] = {layer.name: [] for layer in members}
-        self.forms: dict[str, ClosedForm | None] = {}
+        self.formed, self.spectrum = predictable(options), spectrum_option(options)
+        self.weight_OI = by_column(loaded.weight(layer))
+        self.largest = largest_of(self.weight_OI)
+        self.signal = curvature.squared_norms(Operand.of(self.weight_OI, self.largest)).item()
+        self.found: list[Measurement] = []
+        self.form: ClosedForm | None = None
 
-    def first(self, adaptive: bool) -> list[Job]:
-        options = first_measured(self.options) if adaptive else self.options
-        return [(layer, option) for layer in self.members for option in options]
-
-    def measure(self, jobs: Sequence[Job]) -> None:
+    def measure(self, options: Sequence[Option]) -> None:
         stream = decompose(
-            [self.weights[layer.name] for layer, _ in jobs],
-            self.curvature,
-            [option for _, option in jobs],
-            self.rounds,
-            self.elements,
+            [self.weight_OI] * len(options), self.curvature, options, self.rounds, self.elements
         )
-        size = max(1, self.elements // self.weights[jobs[0][0].name].numel())
+        size = max(1, self.elements // self.weight_OI.numel())
         errors: list[Tensor] = []
-        order: list[Job] = []
+        order: list[Option] = []
         for _, alike in groupby(stream, lambda found: found[1].is_subtracted):
             while batch := list(islice(alike, size)):
                 for p, decomposition in batch:
-                    order.append(jobs[p])
-                    self._see(*jobs[p], decomposition)
-                weights = [self.weights[jobs[p][0].name] for p, _ in batch]
+                    order.append(options[p])
+                    self._see(options[p], decomposition)
                 found = [decomposition for _, decomposition in batch]
-                errors.append(self.curvature.squared_errors(weights, found, self.largest))
-        for (layer, option), error in zip(order, torch.cat(errors).tolist(), strict=True):
-            relative = error / max(self.signal[layer.name], 1e-30)
-            self.found[layer.name].append(Measurement(option, relative))
+                errors.append(
+                    self.curvature.squared_errors([self.weight_OI] * len(found), found, self.largest)
+                )
+        for option, error in zip(order, torch.cat(errors).tolist(), strict=True):
+            self.found.append(Measurement(option, error / max(self.signal, 1e-30)))
 
-    def _see(self, layer: Layer, option: Option, decomposition: Decomposition) -> None:
-        self.keep(layer, decomposition)
+    def _see(self, option: Option, decomposition: Decomposition) -> None:
+        self.keep(self.layer, decomposition)
         if option == self.spectrum:
-            w_OI, signal = self.weights[layer.name], self.signal[layer.name]
             ranks = sorted({option.rank for option in self.formed} - {0})
-            delta = Operand.of(w_OI - decomposition.dense())
-            self.forms[layer.name] = ClosedForm.of(w_OI, delta, self.curvature, signal, ranks)
+            delta = Operand.of(self.weight_OI - decomposition.dense())
+            self.form = ClosedForm.of(self.weight_OI, delta, self.curvature, self.signal, ranks)
 
-    def left(self, layer: Layer) -> list[Option]:
+    def left(self) -> list[Option]:
         """What was not measured."""
-        found = {m.option for m in self.found[layer.name]}
+        found = {m.option for m in self.found}
         return [option for option in self.options if option not in found]
 
-    def still_wide(self) -> list[Job]:
-        """What is neither measured nor predicted well enough; without a closed form, all that is left of a layer."""
-        jobs: list[Job] = []
-        for layer in self.members:
-            if left := self.left(layer):
-                predicted = self.corrected(layer)
-                wide = [o for o in left if predicted is None or predicted.estimate(o).half_width > WIDE]
-                jobs += [(layer, option) for option in wide]
-        return jobs
+    def still_wide(self) -> list[Option]:
+        """What is neither measured nor predicted well enough; without a closed form, all that is left."""
+        predicted = self.corrected()
+        return [o for o in self.left() if predicted is None or predicted.estimate(o).half_width > WIDE]
 
-    def corrected(self, layer: Layer) -> Corrected | None:
-        form, found = self.forms.get(layer.name), self.found[layer.name]
-        usable = [m for m in found if m.option in self.formed]
-        return corrected(form, usable) if form and len(usable) > 1 else None
+    def corrected(self) -> Corrected | None:
+        usable = [m for m in self.found if m.option in self.formed]
+        return corrected(self.form, usable) if self.form and len(usable) > 1 else None

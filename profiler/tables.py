@@ -100,7 +100,7 @@ def write_tables(
     tokens_NT = tokens_NT[:WINDOWS]
     tables = find_tables(loaded)
     with TemporaryDirectory(prefix="bitrank-tables-") as folder:
-        reference = stored_logits(loaded.model, tokens_NT, Path(folder) / "reference_logits.f32")
+        reference = stored_logits(loaded, tokens_NT, Path(folder) / "reference.f32")
         records: dict[str, TableRecord] = {}
         for table in tables:
             records[table.name] = measure_table(loaded, table, reference, tokens_NT)

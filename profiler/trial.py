@@ -24,9 +24,12 @@ from compressor.worker import BlockWork
 from profiler.calibration import Progress
 from profiler.evaluation import BATCH, compare, stored_logits
 from profiler.layers import Layer, LoadedModel
+from profiler.moments import TokenWeights
 from profiler.stream import block_works
 from profiler.tables import tables_rounded
 
+Calibration = tuple[Tensor, TokenWeights | None]
+"""Token windows (N, T), and what their tokens weigh; `None` weighs them evenly."""
 Trial = Mapping[str, Option]
 """The option of every layer, and of the tables that are not kept, by name."""
 BATCH_ON_CUDA = 16
@@ -43,7 +46,7 @@ def trial_of(menu: Menu, choice: Integers) -> Trial:
 @torch.no_grad()
 def measure_trials(
     loaded: LoadedModel,
-    calibration_NT: Tensor,
+    calibration: Calibration,
     tokens_NT: Tensor,
     trials: Sequence[Trial],
     folder: Path,
@@ -52,14 +55,14 @@ def measure_trials(
     """(trials, N, 5), float64: what `evaluation.compare` finds of every trial on every window of `tokens_NT` (N, T), KL
     (nats/token) first.
 
-    calibration_NT: the windows whose Hessians the layers are compressed under. folder: an empty one for packed
-    layers, activations and logits. What an interrupted run of the same trials left there is not done again.
+    calibration: the windows and token weights whose Hessians the layers are compressed under. folder: an empty one for
+    packed layers, activations and logits. What an interrupted run of the same trials left there is not done again.
     """
     wanted = {layer.name: sorted({trial[layer.name] for trial in trials}) for layer in loaded.layers}
-    for block in block_works(loaded, calibration_NT, folder):
+    for block in block_works(loaded, *calibration, folder):
         _carry_out(block, wanted, folder)
         progress("compressing trials", block.index + 1, len(loaded.block_names))
-    reference = stored_logits(loaded.model, tokens_NT, folder / "reference_logits.f32")
+    reference = stored_logits(loaded, tokens_NT, folder / "reference.f32")
     batch = BATCH_ON_CUDA if loaded.device.type == "cuda" else BATCH
     rows = []
     for index, trial in enumerate(trials):
@@ -77,7 +80,6 @@ def measure_trials(
 
 
 def _carry_out(block: BlockWork, wanted: Mapping[str, list[Option]], folder: Path) -> None:
-    curvatures: dict[int, Curvature] = {}
     for work in block.layers():
         options = [
             option
@@ -86,10 +88,8 @@ def _carry_out(block: BlockWork, wanted: Mapping[str, list[Option]], folder: Pat
         ]
         if not options:
             continue
-        key = id(work.hessian_II)
-        if key not in curvatures:
-            curvatures[key] = Curvature.of(work.hessian_II)
-        for p, found in decompose([work.weight_OI] * len(options), curvatures[key], options):
+        curvature = Curvature.of(work.hessian_II)
+        for p, found in decompose([work.weight_OI] * len(options), curvature, options):
             write_atomically(_file(folder, work.name, options[p]), save(layer_tensors(found)))
 
 

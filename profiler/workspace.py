@@ -12,12 +12,13 @@ from pathlib import Path
 from allocator.atomic import write_atomically
 from allocator.exclusive import LOCK
 from profiler.companion import FidelityDocument, SpectrumDocument, TablesDocument
-from profiler.profile import ProfileError
+from profiler.profile import TOKEN_WEIGHTS, ProfileError
 
 REQUEST = "request.json"
 MEASURED = (
     "measurements.parquet",
     "calibration.safetensors",
+    TOKEN_WEIGHTS,
     FidelityDocument.file_name,
     SpectrumDocument.file_name,
     TablesDocument.file_name,

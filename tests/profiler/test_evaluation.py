@@ -32,7 +32,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def test_a_model_is_no_distance_from_itself(tiny_llama: LoadedModel) -> None:
-    found = measure(tiny_llama.model, live_logits(tiny_llama.model), TOKENS_NT)
+    found = measure(tiny_llama.model, live_logits(tiny_llama), TOKENS_NT)
     assert found.kl_nats == pytest.approx(0, abs=1e-7)
     assert found.perplexity == found.reference_perplexity
     assert found.logits_cosine == pytest.approx(1)
@@ -41,7 +41,7 @@ def test_a_model_is_no_distance_from_itself(tiny_llama: LoadedModel) -> None:
 
 
 def test_measures_are_those_computed_directly(tiny_llama: LoadedModel, damaged: nn.Module) -> None:
-    found = measure(damaged, live_logits(tiny_llama.model), TOKENS_NT)
+    found = measure(damaged, live_logits(tiny_llama), TOKENS_NT)
     p, q = logits(tiny_llama.model), logits(damaged)
     log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
     kl_NT = (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -63,22 +63,22 @@ def test_measures_are_those_computed_directly(tiny_llama: LoadedModel, damaged: 
 def test_stored_logits_measure_as_live_ones_do_even_after_the_model_changed(
     tiny_llama: LoadedModel, damaged: nn.Module, tmp_path: Path
 ) -> None:
-    live = measure(damaged, live_logits(tiny_llama.model), TOKENS_NT)
-    stored = stored_logits(tiny_llama.model, TOKENS_NT, tmp_path / "logits.f32")
+    live = measure(damaged, live_logits(tiny_llama), TOKENS_NT)
+    stored = stored_logits(tiny_llama, TOKENS_NT, tmp_path / "logits.f32")
     for parameter in tiny_llama.model.parameters():
         parameter.data.zero_()
     assert measure(damaged, stored, TOKENS_NT) == live
 
 
 def test_one_window_has_no_standard_error(tiny_llama: LoadedModel) -> None:
-    found = measure(tiny_llama.model, live_logits(tiny_llama.model), TOKENS_NT[:1])
+    found = measure(tiny_llama.model, live_logits(tiny_llama), TOKENS_NT[:1])
     assert found.kl_standard_error != found.kl_standard_error
 
 
 def test_on_its_own_samples_the_original_has_the_lower_perplexity(
     tiny_llama: LoadedModel, damaged: nn.Module
 ) -> None:
-    found = measure(damaged, live_logits(tiny_llama.model), sample_tokens(tiny_llama, 1024, 3))
+    found = measure(damaged, live_logits(tiny_llama), sample_tokens(tiny_llama, 1024, 3))
     assert found.reference_perplexity < found.perplexity
 
 
@@ -88,7 +88,7 @@ def test_progress_counts_every_window(tiny_llama: LoadedModel) -> None:
     def note(stage: str, done: int, total: int) -> None:
         seen.append((done, total))
 
-    measure(tiny_llama.model, live_logits(tiny_llama.model), TOKENS_NT, note)
+    measure(tiny_llama.model, live_logits(tiny_llama), TOKENS_NT, note)
     assert seen == sorted(set(seen))
     assert seen[-1] == (6, 6)
 

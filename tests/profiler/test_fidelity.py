@@ -56,7 +56,7 @@ def test_probe_kl_is_the_kl_of_the_whole_model_with_one_block_replaced(
     found = measure_blocks(loaded, TOKENS_NT, blocks, tmp_path)
     for index, weights in enumerate(blocks):
         with substituted(loaded, weights):
-            expected = measure(loaded.model, live_logits(original.model), TOKENS_NT).kl_nats
+            expected = measure(loaded.model, live_logits(original), TOKENS_NT).kl_nats
         assert expected > 1e-4
         assert found["probe_kl"][:, index].mean() == pytest.approx(expected, rel=1e-3)
 

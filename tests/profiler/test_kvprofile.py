@@ -124,9 +124,7 @@ def test_a_plain_cache_loses_what_two_bytes_a_number_lose(
         (tmp_path / FILE).write_bytes(layout_file(planned(found, share), found.bases))
         empty = load_layout(tmp_path, tiny_llama.model).empty
         kl.append(
-            compare(tiny_llama.model, live_logits(tiny_llama.model), tokens_NT, cache=empty)[:, 0]
-            .mean()
-            .item()
+            compare(tiny_llama.model, live_logits(tiny_llama), tokens_NT, cache=empty)[:, 0].mean().item()
         )
     assert kl == sorted(kl) and kl[0] < 1e-3 < kl[2]
 

@@ -129,7 +129,7 @@ def test_recovery_brings_the_model_nearer_and_changes_scales_alone(
     recovered(profile, original, checkpoint, tmp_path / "out")
     tokens_NT = profile.calibration_tokens()
     kl = [
-        measure(load_model(find_model(str(folder))).model, live_logits(original.model), tokens_NT).kl_nats
+        measure(load_model(find_model(str(folder))).model, live_logits(original), tokens_NT).kl_nats
         for folder in (checkpoint, tmp_path / "out")
     ]
     assert kl[1] < 0.9 * kl[0]

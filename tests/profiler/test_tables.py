@@ -87,7 +87,7 @@ def test_a_group_size_that_was_not_measured_is_priced_near_what_measuring_gives(
 ) -> None:
     profile = tiny_profile(architecture)
     loaded, tokens_NT = open_model(find_model(profile.document.model.id)), profile.probe_tokens()
-    reference = live_logits(load_model(loaded.ref).model)
+    reference = live_logits(load_model(loaded.ref))
     for name, table in profile.with_tables.tables.items():
         (scaled,) = [m for m in table.measurements if m.option == Option(4, 0, 32, 0)]
         with tables_rounded(loaded, {name: scaled.option}):
@@ -223,6 +223,6 @@ def test_what_a_plan_is_verified_at_is_what_its_checkpoint_loses(journey: Journe
     found = verify_plan(journey.plan, journey.profile, silent, constrained=True).verification
     checkpoint, original = (load_model(find_model(str(p))) for p in (journey.checkpoint, journey.source))
     tokens_NT = journey.profile.probe_tokens()
-    measured = measure(checkpoint.model, live_logits(original.model), tokens_NT)
+    measured = measure(checkpoint.model, live_logits(original), tokens_NT)
     assert found is not None
     assert found.measured_kl == pytest.approx(measured.kl_nats, rel=1e-3)
