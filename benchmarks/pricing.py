@@ -72,10 +72,11 @@ def gathered(loaded: LoadedModel, tokens_NT: Tensor) -> Seen:
         del logits_NTV, p_nV
     for handle in handles:
         handle.remove()
-    return {
-        name: (torch.cat([x for x, _ in parts]), torch.cat([g for _, g in parts]))
-        for name, parts in seen.items()
-    }
+    found: Seen = {}
+    for name in list(seen):
+        parts = seen.pop(name)
+        found[name] = torch.cat([x for x, _ in parts]), torch.cat([g for _, g in parts])
+    return found
 
 
 def prices(delta_OI: Tensor, x_nI: Tensor, g_nO: Tensor, tokens: int) -> dict[str, float]:
@@ -280,8 +281,8 @@ def main() -> None:
             predicted = {p: sum(c[k][p] for c in cost.values()) for p in next(iter(cost.values()))[0]}
             report[f"{label}, uniform {BITS[k]}"] = {"kl": found, "predicted": predicted}
             say(f"{label}, uniform {BITS[k]}: {_short(found)}; predicted {_short(predicted)}")
-        for price in arguments.prices.split(","):
-            for bits in (2.5, 3, 4):
+        for price in arguments.prices.split(",") if label in ("plain", "token") else ("token",):
+            for bits in (3, 4):
                 choice = allocated({n: [c[price] for c in costs] for n, costs in cost.items()}, size, bits)
                 found = judge.kl({n: weights[n][k] for n, k in choice.items()})
                 predicted_sum = sum(cost[n][k][price] for n, k in choice.items())

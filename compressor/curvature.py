@@ -55,14 +55,24 @@ class Curvature:
         """S as a factor of products."""
         return Root.of(self.root_II)
 
-    def squared_norms(self, deltas: Operand, parts: int = 1) -> Tensor:
-        """‖ΔS‖² = tr(Δ H Δᵀ) of P matrices of as many rows, below each other: squared output errors per token."""
-        return through(deltas, self.root).squared_norms(parts)
+    def squared_norms(self, deltas: Operand, parts: int = 1, share_O: Tensor | None = None) -> Tensor:
+        """‖ΔS‖² = tr(Δ H Δᵀ) of P matrices of as many rows, below each other: squared output errors per token.
+
+        share_O: what the error of each row counts; 1 where it is not given.
+        """
+        return through(deltas, self.root).squared_norms(parts, share_O)
 
     def squared_errors(
-        self, weights: Sequence[Tensor], found: Sequence[Decomposition], largest: float
+        self,
+        weights: Sequence[Tensor],
+        found: Sequence[Decomposition],
+        largest: float,
+        share_O: Tensor | None = None,
     ) -> Tensor:
-        """The squared output error per token, (P,), of what was made of matrices (O, I); none is above `largest`."""
+        """The squared output error per token, (P,), of what was made of matrices (O, I); none is above `largest`.
+
+        share_O as in `squared_norms`.
+        """
         quantized = [d.quantized for d in found if d.quantized is not None and d.is_subtracted]
         pairs = zip(weights, found, strict=True)
         if len(quantized) < len(found):
@@ -70,7 +80,7 @@ class Curvature:
         else:
             rests = (d.rest(w_OI, largest) for w_OI, d in pairs)
             deltas, _ = residuals(rests, quantized, len(weights[0]), ROOM * largest)
-        return self.squared_norms(deltas, len(found))
+        return self.squared_norms(deltas, len(found), share_O)
 
     @cached_property
     def rotated(self) -> Curvature:

@@ -77,9 +77,12 @@ class Operand:
         """The largest magnitude, which a card is asked for; 0 on a CPU, where nothing needs room."""
         return largest_of(self.values) * self.unit if self.values.is_cuda else 0.0
 
-    def squared_norms(self, parts: int) -> Tensor:
-        """‖x‖² of so many parts of as many rows each, float32."""
+    def squared_norms(self, parts: int, share_R: Tensor | None = None) -> Tensor:
+        """‖x‖² of so many parts of as many rows each, float32; each row's times its share, where there are shares."""
         part_PRI = self.values.unflatten(0, (parts, -1))
+        if share_R is not None:
+            norm_PR = torch.linalg.vector_norm(part_PRI, dim=2, dtype=torch.float32)
+            return norm_PR.mul_(self.unit).square_() @ share_R
         return torch.linalg.vector_norm(part_PRI, dim=(1, 2), dtype=torch.float32).mul_(self.unit).square_()
 
     def split(self, rows: list[int]) -> list[Operand]:

@@ -12,6 +12,7 @@ by a fit to the others.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,8 @@ PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 def option_class(projection: str, bits: float) -> str:
-    """The class of an option of a layer: its kind of matrix and its tier of bits."""
+    """The class of an option of a layer: its kind of matrix, whichever expert it belongs to, and its tier of bits."""
+    projection = re.sub(r"\d+", "*", projection)
     tier = "low" if bits < 2.5 else "middle" if bits < 3.5 else "high"
     return f"{projection} {tier}"
 

@@ -3,7 +3,9 @@
 What lives here: the closed form, the regression that corrects it, which options to measure first. Measuring is in
 `sweep.py`; the smooth curve through all points is in `error_model.py`.
 
-    E(b, r, g) ≈ K_bg · (Σ_oi d_i w_oi² / tr(W H Wᵀ)) · τ(r) · exp(φᵀβ),   φ = (1, f, s, log τ, s f, f log τ)
+    E(b, r, g) ≈ K_bg · (Σ_oi s_o d_i w_oi² / Σ_o s_o (W H Wᵀ)_oo) · τ(r) · exp(φᵀβ),
+
+with φ = (1, f, s, log τ, s f, f log τ).
 
 K_bg is the mean squared error of a searched grid on standard normal numbers. d_i are the pivots of H = L D Lᵀ: GPTQ's
 output error is exactly Σ_oi d_i e_oi², e its rounding errors (QuIP, arXiv 2307.13304, Theorem 1), of which descent
@@ -58,7 +60,7 @@ def grid_constant(bits: int, group_size: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class ClosedForm:
-    """scale: Σ_oi d_i w_oi² over tr(W H Wᵀ); left_over: τ by rank; columns: I."""
+    """scale: Σ_oi s_o d_i w_oi² over Σ_o s_o (W H Wᵀ)_oo; left_over: τ by rank; columns: I."""
 
     scale: float
     left_over: dict[int, float]
@@ -66,13 +68,19 @@ class ClosedForm:
 
     @classmethod
     def of(
-        cls, w_OI: Tensor, residual: Operand, curvature: Curvature, signal: float, ranks: Sequence[int]
+        cls,
+        w_OI: Tensor,
+        share_O: Tensor,
+        residual: Operand,
+        curvature: Curvature,
+        signal: float,
+        ranks: Sequence[int],
     ) -> ClosedForm | None:
         """From a layer and the residual of a plain option; None where there is no error to speak of.
 
-        w (O, I) float32, residual (O, I); signal is tr(W H Wᵀ).
+        w (O, I) float32, residual (O, I); share_O is what an error of each row counts, signal Σ_O s_O (W H Wᵀ)_OO.
         """
-        scale = (w_OI.square().sum(dim=0) @ curvature.pivots()).item() / max(signal, 1e-30)
+        scale = (share_O @ w_OI.square() @ curvature.pivots()).item() / max(signal, 1e-30)
         weighted = through(residual, curvature.root)
         total = weighted.squared_norms(1).item()
         if scale <= FLOOR or total <= FLOOR * signal:

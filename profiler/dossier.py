@@ -35,11 +35,12 @@ def write_dossier(
     work: Path,
     output: Path,
     progress: Progress,
-) -> None:
-    """Write fidelity.json and spectrum.json to `output`, as far as they are to be had.
+) -> FidelityDocument | None:
+    """Write fidelity.json and spectrum.json to `output`, as far as they are to be had; the former.
 
     tokens_NT: windows that no probe was fitted to, of the text named `source`. work: the run's folder, with the probes.
     """
+    fidelity = None
     if has_probes(loaded, work):
         with TemporaryDirectory(dir=work) as folder:
             measured = measure_blocks(
@@ -50,6 +51,7 @@ def write_dossier(
         fidelity.save(output / FidelityDocument.file_name)
     if sum(min(layer.rows, layer.columns) ** 3 for layer in loaded.layers) <= SPECTRUM_LIMIT:
         spectrum_document(loaded, model, progress).save(output / SpectrumDocument.file_name)
+    return fidelity
 
 
 def has_probes(loaded: LoadedModel, work: Path) -> bool:

@@ -78,12 +78,12 @@ class _Contest:
         menu, count, kl_PN = profile.menu, len(self.candidates), found_PN5[:, :, 0]
         best = _best(kl_PN[:count])
         points = [(size, kl_N) for (size, _), kl_N in zip(self.uniform, kl_PN[count:], strict=True)]
-        found = _against_uniform(kl_PN[best], points, choice_bytes(menu, self.candidates[best]))
+        found = against_uniform(kl_PN[best], points, choice_bytes(menu, self.candidates[best]))
         verification = Verification(
             text="held-back calibration windows",
             tokens=kl_PN.shape[1] * (profile.document.calibration.window_tokens - 1),
             measured_kl=kl_PN[best].mean().item(),
-            standard_error=_standard_error(kl_PN[best]),
+            standard_error=standard_error(kl_PN[best]),
             perplexity=found_PN5[best, :, 1].mean().exp().item(),
             reference_perplexity=found_PN5[best, :, 2].mean().exp().item(),
             uniform_kl=found.uniform_kl,
@@ -124,28 +124,30 @@ def _best(kl_PN: Tensor) -> int:
     best = 0
     for index in range(1, len(kl_PN)):
         gain_N = kl_PN[best] - kl_PN[index]
-        if gain_N.mean() > _standard_error(gain_N):
+        if gain_N.mean() > standard_error(gain_N):
             best = index
     return best
 
 
-def _standard_error(value_N: Tensor) -> float:
+def standard_error(value_N: Tensor) -> float:
     return value_N.std().item() / len(value_N) ** 0.5 if len(value_N) > 1 else float("inf")
 
 
 @dataclass(frozen=True, slots=True)
-class _Comparison:
+class Comparison:
+    """uniform's KL at a plan's bytes, the plan's less that, and the error of the difference; None without uniform."""
+
     uniform_kl: float | None
     difference: float | None
     error: float | None
 
 
-def _against_uniform(
+def against_uniform(
     kl_N: Tensor, uniform_points: Sequence[tuple[int, Tensor]], total_bytes: int
-) -> _Comparison:
+) -> Comparison:
     """The plan's mean KL less that of uniform, log-interpolated in bytes, and the bootstrap error of that."""
     if not uniform_points:
-        return _Comparison(None, None, None)
+        return Comparison(None, None, None)
     generator = torch.Generator().manual_seed(0)
     resampled_BN = torch.randint(len(kl_N), (RESAMPLES, len(kl_N)), generator=generator)
     everything_1N = torch.arange(len(kl_N))[None]
@@ -158,7 +160,7 @@ def _against_uniform(
 
     difference = differences(everything_1N).item()
     error = differences(resampled_BN).std().item()
-    return _Comparison(kl_N.mean().item() - difference, difference, error)
+    return Comparison(kl_N.mean().item() - difference, difference, error)
 
 
 def _interpolated(points: Sequence[tuple[int, Tensor]], total_bytes: int) -> Tensor:

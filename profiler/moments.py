@@ -8,7 +8,8 @@ Letters: N windows, T tokens of a window, n tokens in all, d hidden size, O rows
 Let y = W x be a layer's output and g the gradient of −Σ log p(ŷ) by y at one token, ŷ drawn from the model's own
 distribution. The second-order estimate of the KL divergence per token that a change ΔW causes is ½·E[(g·ΔW x)²]
 (the layer's block of the Fisher information; Martens and Grosse, arXiv 1503.05671). With w_t = mean_O(g²) at token t
-in place of g gᵀ it is ½·E[w_t·‖ΔW x_t‖²] = ½·E[w_t]·tr(ΔW H ΔWᵀ), for any ΔW.
+in place of g gᵀ it is ½·E[w_t·‖ΔW x_t‖²] = ½·E[w_t]·tr(ΔW H ΔWᵀ), for any ΔW. Rows differ too: an error of row o
+counts s_o = E[g_o²] / mean_O E[g²] times as much, so that a price is ½·E[w_t]·Σ_O s_O (ΔW H ΔWᵀ)_OO.
 
 Gradient and input are taken together, token by token, because they are not independent: a few tokens, `<bos>` first
 of all, have activations hundreds of times the others' and almost no gradient (massive activations, Sun et al., arXiv
@@ -157,6 +158,12 @@ class TokenWeights:
 
     by_layer: dict[str, TokenWeight]
     tokens: int
+    rows: dict[str, Tensor]
+    """Of every layer, each row's share of E[g²], float32 (O,), 1 on average."""
+
+    def row_shares(self, layer: Layer, device: torch.device) -> Tensor:
+        """float32 (O,): what an error of each row counts; 1 for a layer without any gradient."""
+        return self.rows.get(layer.name, torch.ones(layer.rows)).to(device)
 
     def mean(self, name: str) -> float:
         """E[w_t] over all tokens of calibration; a token that does not reach a layer has no gradient there."""
@@ -173,8 +180,10 @@ class TokenWeights:
         }
 
     def serialized(self) -> bytes:
-        """A safetensors file: `<layer>` the weights, `<layer>.tokens` which tokens they are of, where not all."""
+        """A safetensors file: `<layer>` the weights, `<layer>.tokens` which tokens they are of, where not all, and
+        `<layer>.rows` the rows' shares."""
         tensors = {name: w.weight_m.cpu() for name, w in self.by_layer.items()}
+        tensors |= {f"{name}.rows": share_O.cpu() for name, share_O in self.rows.items()}
         tensors |= {
             f"{name}.tokens": w.token_m.int().cpu()
             for name, w in self.by_layer.items()
@@ -187,13 +196,15 @@ class TokenWeights:
         tensors = load_file(path)
         tokens = int(tensors.pop(TOKENS))
         routed = {name.removesuffix(".tokens"): t for name, t in tensors.items() if t.dtype == torch.int32}
+        rows = {n.removesuffix(".rows"): t for n, t in tensors.items() if n.endswith(".rows")}
         return cls(
             {
                 name: TokenWeight(t, routed[name].long() if name in routed else None)
                 for name, t in tensors.items()
-                if t.dtype == torch.float32
+                if t.dtype == torch.float32 and not name.endswith(".rows")
             },
             tokens,
+            rows,
         )
 
 
@@ -239,9 +250,12 @@ class _Recorder:
         self.tokens, self.device = tokens, device
         self.dense: dict[str, Tensor] = {}
         self.routed: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.rows: dict[str, Tensor] = {}
 
     def add(self, layer: Layer, token_m: Tensor, gradient_mO: Tensor, tokens_of_batch: int) -> None:
-        weight_m = gradient_mO.float().square().mean(dim=1)
+        square_mO = gradient_mO.float().square()
+        weight_m, row_O = square_mO.mean(dim=1), square_mO.sum(dim=0)
+        self.rows[layer.name] = self.rows[layer.name] + row_O if layer.name in self.rows else row_O
         if len(token_m) == tokens_of_batch and layer.name not in self.routed:
             zeros = torch.zeros(self.tokens, device=self.device)
             self.dense.setdefault(layer.name, zeros).index_add_(0, token_m, weight_m)
@@ -268,7 +282,8 @@ class _Recorder:
                     f"the gradients of {name} are NaN or infinite, so no error of it can be priced;"
                     f" check the weights of {loaded.ref.id}, or calibrate on another text"
                 )
-        return TokenWeights(by_layer, self.tokens)
+        shares = {name: row_O / row_O.mean() for name, row_O in self.rows.items() if row_O.any()}
+        return TokenWeights(by_layer, self.tokens, {name: share_O.cpu() for name, share_O in shares.items()})
 
 
 def weigh_tokens(

@@ -19,7 +19,7 @@ from allocator.storage import Option
 from compressor.decomposition import Decomposition
 from compressor.linear import CompressedLinear, layer_tensors
 from profiler.calibration import Progress
-from profiler.evaluation import measure, stored_logits
+from profiler.evaluation import compare, stored_logits
 from profiler.gain import Probe
 from profiler.layers import Layer, LoadedModel
 from profiler.memory import return_fragments
@@ -48,17 +48,19 @@ def probe_file(folder: Path, layer: Layer, option: Option) -> Path:
 @torch.no_grad()
 def measure_probes(
     loaded: LoadedModel, tokens_NT: Tensor, predicted: dict[Option, float], folder: Path, progress: Progress
-) -> list[Probe]:
-    """Measure every probe on held-back windows."""
+) -> tuple[list[Probe], dict[Option, Tensor]]:
+    """Measure every probe on held-back windows; its KL of every window (N,) too."""
     reference = stored_logits(loaded, tokens_NT, folder / "reference.f32")
-    probes = []
+    probes, kl_of = [], {}
     for index, (option, predicted_kl) in enumerate(sorted(predicted.items())):
         with loaded.replacing(lambda layer, option=option: read_probe(folder, layer, option)):
-            found = measure(loaded.model, reference, tokens_NT)
-        probes.append(Probe(option, predicted_kl, found.kl_nats, found.kl_standard_error))
+            batch = loaded.windows_per_batch
+            kl_of[option] = kl_N = compare(loaded.model, reference, tokens_NT, batch=batch)[:, 0]
+        spread = kl_N.std().item() / len(kl_N) ** 0.5 if len(kl_N) > 1 else float("nan")
+        probes.append(Probe(option, predicted_kl, kl_N.mean().item(), spread))
         return_fragments()
         progress("measuring probes", index + 1, len(predicted))
-    return probes
+    return probes, kl_of
 
 
 def read_probe(folder: Path, layer: Layer, option: Option) -> Tensor:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,7 @@ from allocator.plan import Plan, PlanModel
 from allocator.planner import Planner
 from allocator.problem import LayerMenu, Menu
 from allocator.storage import KEEP, Option, layer_bytes
+from allocator.verification import Verdict, verdict
 from profiler.class_gains import option_class
 from profiler.companion import TableRecord, TablesDocument
 from profiler.error_model import ErrorModel
@@ -64,6 +65,8 @@ class CalibrationRecord(Frozen):
     probe_windows: int
     window_tokens: int
     seed: int
+    text_start: tuple[int, ...] = ()
+    """The tokens that every window starts with, as the tokenizer starts a text."""
 
 
 class LayerRecord(Frozen):
@@ -79,6 +82,8 @@ class LayerRecord(Frozen):
     tokens: int
     fit: ErrorModel
     leave_one_out: float | None = None
+    correction: float = 1.0
+    """What the self-check multiplies the layer's price by (`self_check.py`)."""
 
 
 class MeasuredPlan(Frozen):
@@ -104,8 +109,52 @@ class Agreement(Frozen):
     coverage: float
 
 
+class PartProbe(Frozen):
+    """A class of matrices, or a block, alone at 3 bits: predicted KL before any gain, and measured, in nats/token."""
+
+    kind: Literal["class", "block"]
+    name: str
+    predicted_kl: float
+    measured_kl: float
+    standard_error: float
+
+
+class CheckedPlan(Frozen):
+    """An optimal plan measured when the profile was made, beside uniform at the same bytes; KL in nats/token.
+
+    predicted_kl is before any gain. uniform_kl is log-interpolated in bytes, difference what the plan's KL exceeds it
+    by, with the bootstrap error of that.
+    """
+
+    total_bytes: int
+    bits_per_weight: float
+    predicted_kl: float
+    measured_kl: float
+    standard_error: float
+    uniform_kl: float | None
+    difference: float | None
+    difference_error: float | None
+
+    @property
+    def verdict(self) -> Verdict:
+        return verdict(self.difference, self.difference_error)
+
+
+class SelfCheck(Frozen):
+    """What a profile found when it checked itself on `windows` windows; agree: one gain fits all of its plans."""
+
+    windows: int
+    parts: tuple[PartProbe, ...]
+    plans: tuple[CheckedPlan, ...]
+    agree: bool
+
+
 class ProfileDocument(Frozen):
-    """profile.json. `plans` and their `agreement` are there once `bitrank calibrate` measured some."""
+    """profile.json. `plans` and their `agreement` are there once `bitrank calibrate` measured some.
+
+    check is None where the grid lacks what the check measures, and in profiles of earlier versions. unweighted: layers
+    that tokens reached but that have no gradient.
+    """
 
     schema_version: int
     model: PlanModel
@@ -122,6 +171,8 @@ class ProfileDocument(Frozen):
     gain: Gain
     plans: tuple[MeasuredPlan, ...] = ()
     agreement: Agreement | None = None
+    check: SelfCheck | None = None
+    unweighted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -189,7 +240,8 @@ class Profile:
 
     def sensitivity(self, name: str) -> float:
         """Nats of KL per token that a unit of a layer's error costs, calibrated by the probes."""
-        return self.document.layers[name].sensitivity * self.document.gain.mean
+        record = self.document.layers[name]
+        return record.sensitivity * record.correction * self.document.gain.mean
 
     def price(self, name: str, bits: float) -> float:
         """`sensitivity`, with the gain of the layer's class at these bits."""
@@ -201,6 +253,45 @@ class Profile:
         """The 90 % prediction interval's ends as multiples of a prediction."""
         gain = self.document.gain
         return gain.low / gain.mean, gain.high / gain.mean
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What whoever plans from this profile should know, one sentence each."""
+        return tuple(self._warnings())
+
+    def _warnings(self) -> Iterator[str]:
+        check, gain = self.document.check, self.document.gain
+        if not (self.path / TOKEN_WEIGHTS).exists():
+            yield (
+                "this profile was made by an earlier version, which prices with the means of gradients and activations"
+                " apart; on many models that is wrong by factors, so profile the model again"
+            )
+            return
+        if check is None or not check.plans:
+            yield (
+                "this profile could not check itself, because its grid lacks 2, 3 and 4 bits at group 64;"
+                " verify its plans with --verify"
+            )
+            return
+        for plan in check.plans:
+            if plan.verdict == "worse" and self.document.agreement is None:
+                yield (
+                    f"when the profile checked itself, its plan of {plan.bits_per_weight:.2f} bits per weight lost"
+                    f" {plan.measured_kl:.4f} nats/token and uniform {plan.uniform_kl:.4f};"
+                    " run `bitrank calibrate`, or verify every plan with --verify"
+                )
+        if not check.agree and self.document.agreement is None:
+            ratios = [plan.measured_kl / plan.predicted_kl / gain.mean for plan in check.plans]
+            yield (
+                f"when the profile checked itself, its plans lost {min(ratios):.2f} to {max(ratios):.2f} times what was"
+                " predicted, more than the interval covers; run `bitrank calibrate`, or verify every plan with"
+                " --verify"
+            )
+        if self.document.unweighted:
+            yield (
+                f"{len(self.document.unweighted)} matrices, the first {self.document.unweighted[0]}, have no gradient"
+                " of their own, so that their share of the loss is not known"
+            )
 
     def calibration(self) -> tuple[Tensor, TokenWeights | None]:
         """The windows the statistics are over, and what their tokens weigh; `None` in a profile that has no weights."""

@@ -105,7 +105,7 @@ def predictions_by_class(profile: Profile, choices: Sequence[Integers]) -> tuple
         for layer, index in zip(profile.menu.layers, choice.tolist(), strict=True):
             record = layers[layer.name]
             k = names.index(option_class(record.projection, layer.options[index].bits))
-            x_PK[p, k] += layer.error[index] * record.sensitivity
+            x_PK[p, k] += layer.error[index] * record.sensitivity * record.correction
     return names, x_PK
 
 

@@ -44,7 +44,7 @@ from profiler.calibration import (
     tokens_sha256,
 )
 from profiler.checkpoint import DEMO, DEMO_PATH, ModelRef, check_uncompressed, weights_sha256
-from profiler.companion import TablesDocument
+from profiler.companion import FidelityDocument, TablesDocument
 from profiler.dossier import write_dossier
 from profiler.error_model import fit_error_model
 from profiler.gain import Probe, calibrate
@@ -69,12 +69,23 @@ from profiler.profile import (
     TOKEN_WEIGHTS,
     CalibrationRecord,
     LayerRecord,
+    PartProbe,
     Profile,
     ProfileDocument,
+    SelfCheck,
     load_profile,
 )
+from profiler.self_check import (
+    PART_OPTION,
+    block_parts,
+    check_plans,
+    checked_gain,
+    corrections,
+    measure_classes,
+    raw_costs,
+)
 from profiler.streams import side_by_side
-from profiler.sweep import LayerSweep, default_ranks, sweep_layer
+from profiler.sweep import LayerSweep, RowPrice, default_ranks, sweep_layer
 from profiler.tables import write_tables
 from profiler.workspace import is_finished, prepare
 from profiler.writer import Writer
@@ -86,12 +97,13 @@ PROBE_SHARE = 5
 
 @dataclass(frozen=True, slots=True)
 class ProfileSettings:
-    """How to profile. `calibration` None samples text from the model itself; ranks None picks them by width;
+    """How to profile. `calibration`: UTF-8 texts, mixed evenly; without any, text is sampled from the model.
+    ranks None picks them by width;
     rank_group_sizes None measures ranks at group 64 alone (at all three, the sweep takes about three times as long);
     adaptive measures a few options of every layer and predicts those that it can (`closed_form.py`); head_ratios and
     rotations as in `GridSettings`."""
 
-    calibration: Path | None = None
+    calibration: tuple[Path, ...] = ()
     tokens: int = DEFAULT_TOKENS
     seed: int = 0
     device: str = "cpu"
@@ -194,6 +206,11 @@ class ProfileRun:
         """E[w] of every layer."""
         return gradient_means(self.loaded, self.token_weights)
 
+    def price(self, layer: Layer) -> RowPrice:
+        return RowPrice(
+            self.gradient_means[layer.name], self.token_weights.row_shares(layer, self.loaded.device)
+        )
+
     @property
     def calls(self) -> BlockCalls:
         """How blocks are called: as the gradients' pass saw, or, where it was run before, as another pass sees."""
@@ -267,42 +284,60 @@ def sweep_blocks(run: ProfileRun, indices: Iterable[int], progress: Progress) ->
 def _sweep_block(run: ProfileRun, index: int, writer: Writer, progress: Progress) -> Iterator[str]:
     moments = input_moments(run.loaded, index, run.calls, run.inputs[index], run.token_weights)
     left = [moment for moment in moments if not run.is_swept([moment.layer])]
-    means = run.gradient_means
-    tasks = [partial(_sweep_layer, run, moment, means[moment.layer.name], writer) for moment in left]
+    tasks = [partial(_sweep_layer, run, moment, run.price(moment.layer), writer) for moment in left]
     for name in side_by_side(run.loaded.device, tasks):
         yield name
         run.report_sweep(progress)
 
 
-def _sweep_layer(run: ProfileRun, moment: InputMoment, gradient_mean: float, writer: Writer) -> str:
+def _sweep_layer(run: ProfileRun, moment: InputMoment, price: RowPrice, writer: Writer) -> str:
     keep, settings = keeper(run.work / "probes", writer), run.settings
-    sweep = sweep_layer(run.loaded, moment, gradient_mean, run.grid, keep, settings.rounds, settings.adaptive)
+    sweep = sweep_layer(run.loaded, moment, price, run.grid, keep, settings.rounds, settings.adaptive)
     document = json.dumps(asdict(sweep)).encode()
     writer.submit(partial(write_atomically, run.layer_file(sweep.layer), document))
     return sweep.layer.name
 
 
 def finish_profile(run: ProfileRun, progress: Progress) -> Profile:
-    """Measure the probes of a run whose blocks are all swept, and write the profile."""
-    loaded, tokens_NT = run.loaded, run.tokens
+    """Measure the probes of a run whose blocks are all swept, have the profile check itself, and write it."""
+    loaded, output, tokens_NT = run.loaded, run.output, run.tokens
     sweeps = [read_sweep(run.layer_file(layer), layer) for layer in loaded.layers]
-    original_bytes = loaded.storage_dtype.itemsize
-    kept = {name: t.numel() * t.element_size() for name, t in loaded.kept_tensors()}
-    probes = probe(loaded, run.probe_tokens, sweeps, run.work, progress)
     table = measurements_table(sweeps)
-    model = PlanModel(id=loaded.ref.id, revision=loaded.ref.revision, weights_sha256=run.weights)
-    document = ProfileDocument(
+    # What the check reads lies beside profile.json, which is written last and makes the profile whole.
+    write_atomically(output / "calibration.safetensors", save({"tokens": tokens_NT.int()}))
+    write_atomically(output / TOKEN_WEIGHTS, run.token_weights.serialized())
+    write_atomically(output / "measurements.parquet", table)
+    probes, kl_of_probes = probe(loaded, run.probe_tokens, sweeps, run.work, progress)
+    document = profile_document(run, sweeps, probes, table)
+    fidelity = write_dossier(
+        loaded, document.model, run.probe_tokens, run.given[1], run.work, output, progress
+    )
+    document = checked(run, document, sweeps, kl_of_probes, fidelity, progress)
+    write_tables(loaded, document.model, run.probe_tokens, output, progress)
+    write_atomically(output / "profile.json", (document.model_dump_json(indent=1) + "\n").encode())
+    shutil.rmtree(run.work)
+    return load_profile(output)
+
+
+def profile_document(
+    run: ProfileRun, sweeps: Sequence[LayerSweep], probes: Sequence[Probe], table: bytes
+) -> ProfileDocument:
+    """What is known before the check."""
+    loaded, weights = run.loaded, run.token_weights
+    original_bytes = loaded.storage_dtype.itemsize
+    return ProfileDocument(
         schema_version=SCHEMA_VERSION,
-        model=model,
+        model=PlanModel(id=loaded.ref.id, revision=loaded.ref.revision, weights_sha256=run.weights),
         architecture=type(loaded.model).__name__,
         storage_dtype=str(loaded.storage_dtype).removeprefix("torch."),
         calibration=CalibrationRecord(
             source=run.given[1],
-            sha256=tokens_sha256(tokens_NT),
+            sha256=tokens_sha256(run.tokens),
             windows=len(run.fitting_tokens),
             probe_windows=run.probe_windows,
-            window_tokens=tokens_NT.shape[1],
+            window_tokens=run.tokens.shape[1],
             seed=run.settings.seed,
+            text_start=loaded.text_start,
         ),
         grid=run.grid,
         rounds=run.settings.rounds,
@@ -314,19 +349,45 @@ def finish_profile(run: ProfileRun, progress: Progress) -> Profile:
         | {"python": platform.python_version()},
         measurements_sha256=hashlib.sha256(table).hexdigest(),
         layers={sweep.layer.name: layer_record(sweep, original_bytes) for sweep in sweeps},
-        kept=kept,
+        kept={name: t.numel() * t.element_size() for name, t in loaded.kept_tensors()},
         probes=tuple(probes),
         gain=calibrate(probes),
+        unweighted=tuple(
+            sweep.layer.name for sweep in sweeps if sweep.tokens and not weights.mean(sweep.layer.name)
+        ),
     )
-    output = run.output
-    write_dossier(loaded, model, run.probe_tokens, run.given[1], run.work, output, progress)
-    write_tables(loaded, model, run.probe_tokens, output, progress)
-    write_atomically(output / "calibration.safetensors", save({"tokens": tokens_NT.int()}))
-    write_atomically(output / TOKEN_WEIGHTS, run.token_weights.serialized())
-    write_atomically(output / "measurements.parquet", table)
-    write_atomically(output / "profile.json", (document.model_dump_json(indent=1) + "\n").encode())
-    shutil.rmtree(run.work)
-    return load_profile(output)
+
+
+def checked(
+    run: ProfileRun,
+    document: ProfileDocument,
+    sweeps: Sequence[LayerSweep],
+    kl_of_probes: dict[Option, Tensor],
+    fidelity: FidelityDocument | None,
+    progress: Progress,
+) -> ProfileDocument:
+    """The document with its prices corrected, its gain that of real plans, and the check that says so."""
+    loaded, raw = run.loaded, raw_costs(sweeps, PART_OPTION)
+    parts: list[PartProbe] = []
+    if raw and fidelity is not None:
+        parts = measure_classes(loaded, run.probe_tokens, raw, run.work / "probes", progress)
+        parts += block_parts(loaded, fidelity, raw)
+        factor = corrections(loaded.layers, raw, parts)
+        layers = {
+            name: record.model_copy(update={"correction": factor[name]})
+            for name, record in document.layers.items()
+        }
+        document = document.model_copy(update={"layers": layers})
+    if not kl_of_probes:
+        return document
+    measurements = {sweep.layer.name: sweep.measurements for sweep in sweeps}
+    profile = Profile(run.output, "", document, measurements)
+    folder = run.work / "check"
+    folder.mkdir(exist_ok=True)
+    plans = check_plans(loaded, profile, kl_of_probes, folder, progress)
+    gain, agree = checked_gain(plans)
+    check = SelfCheck(windows=run.probe_windows, parts=tuple(parts), plans=tuple(plans), agree=agree)
+    return document.model_copy(update={"gain": gain, "check": check})
 
 
 def grid_of(loaded: LoadedModel, settings: ProfileSettings) -> GridSettings:
@@ -346,9 +407,7 @@ def grid_of(loaded: LoadedModel, settings: ProfileSettings) -> GridSettings:
 
 def describe(settings: ProfileSettings) -> dict[str, Any]:
     """The settings that the result depends on, beside the grid."""
-    calibration = (
-        "" if settings.calibration is None else hashlib.sha256(_bytes(settings.calibration)).hexdigest()
-    )
+    calibration = [hashlib.sha256(_bytes(path)).hexdigest() for path in settings.calibration]
     return {
         "calibration": calibration,
         "tokens": settings.tokens,
@@ -356,6 +415,7 @@ def describe(settings: ProfileSettings) -> dict[str, Any]:
         "rounds": settings.rounds,
         "descent": f"{PASSES} passes, each block settled",
         "adaptive": settings.adaptive,
+        "moments": "gradient and input together, token by token",
     }
 
 
@@ -374,16 +434,17 @@ def given_tokens(loaded: LoadedModel, settings: ProfileSettings) -> tuple[Tensor
     least = 3 * loaded.window
     if settings.tokens < least:
         raise CalibrationError(f"--tokens {settings.tokens} is too few; give at least {least}, three windows")
-    if settings.calibration is not None:
-        path, source = settings.calibration, settings.calibration.name
+    if settings.calibration:
+        paths, source = settings.calibration, " + ".join(path.name for path in settings.calibration)
     elif loaded.ref.id == DEMO:
-        path, source = DEMO_PATH / "calibration.txt", "sampled, shipped"
+        paths, source = (DEMO_PATH / "calibration.txt",), "sampled, shipped"
     else:
-        return None, "sampled from the model"
-    tokens_NT = text_tokens(loaded, path, settings.tokens)
+        return None, "sampled from the model" + ("" if loaded.tokenizer is None else ", after openings")
+    tokens_NT = text_tokens(loaded, paths, settings.tokens)
     if tokens_NT.numel() < least:
         raise CalibrationError(
-            f"{path} has {tokens_NT.numel()} tokens in whole windows; give at least {least}, three windows"
+            f"{' and '.join(map(str, paths))} have {tokens_NT.numel()} tokens in whole windows; give at least"
+            f" {least}, three windows"
         )
     return tokens_NT, source
 
@@ -435,14 +496,16 @@ def read_sweep(file: Path, layer: Layer) -> LayerSweep:
 
 def probe(
     loaded: LoadedModel, tokens_NT: Tensor, sweeps: Sequence[LayerSweep], work: Path, progress: Progress
-) -> list[Probe]:
-    """The probes whose option every layer was measured at."""
+) -> tuple[list[Probe], dict[Option, Tensor]]:
+    """The probes whose option every layer was measured at, and their KL of every window."""
     costs = [
         {m.option: m.error * sweep.sensitivity for m in sweep.measurements if not m.half_width}
         for sweep in sweeps
     ]
     predicted = {o: sum(c[o] for c in costs) for o in PROBES if all(o in c for c in costs)}
-    return measure_probes(loaded, tokens_NT, predicted, work / "probes", progress) if predicted else []
+    if not predicted:
+        return [], {}
+    return measure_probes(loaded, tokens_NT, predicted, work / "probes", progress)
 
 
 def layer_record(sweep: LayerSweep, bytes_per_weight: int) -> LayerRecord:

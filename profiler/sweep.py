@@ -40,9 +40,17 @@ WIDE = 0.15
 
 
 @dataclass(frozen=True, slots=True)
+class RowPrice:
+    """E[w] of a layer's tokens, and what an error of each of its rows counts, float32 (O,), 1 on average."""
+
+    gradient_mean: float
+    share_O: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSweep:
-    """Everything measured of one layer. `signal` is tr(W H Wᵀ) under the weighted H; `sensitivity`, the nats of KL per
-    token that a unit of error costs before calibration, is ½·E[w]·signal; `tokens` reached the layer."""
+    """Everything measured of one layer. `signal` is Σ_O s_O (W H Wᵀ)_OO; `sensitivity`, the nats of KL per token that a
+    unit of error costs before calibration, is ½·E[w]·signal (`moments.py`); `tokens` reached the layer."""
 
     layer: Layer
     measurements: tuple[Measurement, ...]
@@ -75,7 +83,7 @@ def elements_in_flight(loaded: LoadedModel) -> int:
 def sweep_layer(
     loaded: LoadedModel,
     moment: InputMoment,
-    gradient_mean: float,
+    price: RowPrice,
     grid: GridSettings,
     keep: Callable[[Layer, Decomposition], None],
     rounds: int,
@@ -83,12 +91,13 @@ def sweep_layer(
 ) -> LayerSweep:
     """Measure one layer under its H; `keep` sees every decomposition before it is dropped.
 
-    gradient_mean: E[w] of its tokens. Adaptive: a few options are measured, and more until every other has an interval
-    within `WIDE`.
+    price: what an error of each row costs. Adaptive: a few options are measured, and more until every other has an
+    interval within `WIDE`.
     """
     layer = moment.layer
     options = grid.options(layer, separable_heads(loaded, layer))
-    bench = _Bench(loaded, Curvature.of(moment.hessian_II), layer, options, keep, rounds)
+    curvature = Curvature.of(moment.hessian_II)
+    bench = _Bench(loaded, curvature, layer, price.share_O, options, keep, rounds)
     wanted = first_measured(options) if adaptive else list(options)
     while wanted:
         bench.measure(wanted)
@@ -99,7 +108,7 @@ def sweep_layer(
         layer=layer,
         measurements=tuple(sorted(bench.found + estimates, key=lambda m: m.option)),
         signal=bench.signal,
-        sensitivity=0.5 * gradient_mean * bench.signal,
+        sensitivity=0.5 * price.gradient_mean * bench.signal,
         tokens=moment.count,
         leave_one_out=predicted.leave_one_out if predicted else None,
     )
@@ -113,17 +122,19 @@ class _Bench:
         loaded: LoadedModel,
         curvature: Curvature,
         layer: Layer,
+        share_O: Tensor,
         options: Sequence[Option],
         keep: Callable[[Layer, Decomposition], None],
         rounds: int,
     ) -> None:
-        self.curvature, self.layer, self.keep, self.rounds = curvature, layer, keep, rounds
+        self.curvature, self.layer, self.share_O = curvature, layer, share_O
+        self.keep, self.rounds = keep, rounds
         self.elements = elements_in_flight(loaded)
         self.options = options
         self.formed, self.spectrum = predictable(options), spectrum_option(options)
         self.weight_OI = by_column(loaded.weight(layer))
         self.largest = largest_of(self.weight_OI)
-        self.signal = curvature.squared_norms(Operand.of(self.weight_OI, self.largest)).item()
+        self.signal = curvature.squared_norms(Operand.of(self.weight_OI, self.largest), 1, share_O).item()
         self.found: list[Measurement] = []
         self.form: ClosedForm | None = None
 
@@ -140,9 +151,8 @@ class _Bench:
                     order.append(options[p])
                     self._see(options[p], decomposition)
                 found = [decomposition for _, decomposition in batch]
-                errors.append(
-                    self.curvature.squared_errors([self.weight_OI] * len(found), found, self.largest)
-                )
+                weights = [self.weight_OI] * len(found)
+                errors.append(self.curvature.squared_errors(weights, found, self.largest, self.share_O))
         for option, error in zip(order, torch.cat(errors).tolist(), strict=True):
             self.found.append(Measurement(option, error / max(self.signal, 1e-30)))
 
@@ -151,7 +161,7 @@ class _Bench:
         if option == self.spectrum:
             ranks = sorted({option.rank for option in self.formed} - {0})
             delta = Operand.of(self.weight_OI - decomposition.dense())
-            self.form = ClosedForm.of(self.weight_OI, delta, self.curvature, self.signal, ranks)
+            self.form = ClosedForm.of(self.weight_OI, self.share_O, delta, self.curvature, self.signal, ranks)
 
     def left(self) -> list[Option]:
         """What was not measured."""

@@ -42,7 +42,7 @@ def layer_of(
     normal: MakeTensor, rows: int, columns: int, option: Option, seed: int = 0
 ) -> tuple[Decomposition, CompressedLinear]:
     identity_II = torch.eye(columns)
-    curvature = Curvature(identity_II, identity_II, identity_II)
+    curvature = Curvature(identity_II)
     ((_, found),) = decompose([normal(rows, columns, seed=seed)], curvature, [option], rounds=1)
     layer = CompressedLinear(rows, columns, option, bias=False)
     layer.load_state_dict(layer_tensors(found))

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from profiler.ahead import Ahead
-from profiler.calibration import BlockInputs
 from profiler.checkpoint import find_model
 from profiler.layers import LoadedModel, open_model
+from profiler.moments import BlockInputs
 
 on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -74,7 +74,7 @@ class Journey:
         """The original with every planned layer's weight replaced by its decomposition, densely."""
         loaded = load_model(find_model(str(self.source)))
         layers = {layer.name: layer for layer in loaded.layers}
-        for block in block_works(loaded, self.profile.calibration_tokens(), folder):
+        for block in block_works(loaded, *self.profile.calibration(), folder):
             for work in block.layers():
                 option = self.plan.layers[work.name].option
                 if option.bits == KEEP_BITS:

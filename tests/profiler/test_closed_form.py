@@ -13,10 +13,10 @@ from torch import Tensor
 
 from allocator.storage import Option
 from api.usecases import plan_budget
-from compressor.curvature import Curvature, squared_error
+from compressor.curvature import Curvature, row_errors
 from compressor.decompose import decompose
 from compressor.precision import Operand
-from profiler.calibration import InputMoment, silent
+from profiler.calibration import silent
 from profiler.checkpoint import find_model
 from profiler.closed_form import (
     PRIOR_MEAN,
@@ -30,9 +30,10 @@ from profiler.closed_form import (
 )
 from profiler.layers import Layer, LoadedModel
 from profiler.measurement import GridSettings, Measurement
+from profiler.moments import InputMoment
 from profiler.profile import Profile
 from profiler.run import ProfileSettings, build_profile
-from profiler.sweep import WIDE, sweep_moment
+from profiler.sweep import WIDE, RowPrice, sweep_layer
 
 GRID = GridSettings((2, 3, 4, 5, 6, 8), (0, 8, 16, 32), (32, 64, 128), (64,), (4,))
 LAYER = Layer("q", 0, "q", 192, 192, False)
@@ -48,22 +49,31 @@ def gaussian_layer(seed: int = 0) -> tuple[Tensor, Curvature]:
     return weight_OI, Curvature.of(hessian_II)
 
 
-def errors_of(weight_OI: Tensor, curvature: Curvature) -> tuple[ClosedForm, dict[Option, float]]:
+EVEN_O = torch.ones(192)
+UNEVEN_O = torch.linspace(0.2, 1.8, 192)
+"""What an error of each row counts."""
+
+
+def errors_of(
+    weight_OI: Tensor, curvature: Curvature, share_O: Tensor = EVEN_O
+) -> tuple[ClosedForm, dict[Option, float]]:
     """The closed form of a layer, and the error of every option as truly measured."""
-    signal = squared_error(weight_OI, weight_OI * 0, curvature.hessian_II)
+    signal = (share_O @ row_errors(weight_OI, weight_OI * 0, curvature.hessian_II)).item()
     found, form = {}, None
     for p, decomposition in decompose([weight_OI] * len(OPTIONS), curvature, OPTIONS, rounds=4):
         dense_OI = decomposition.dense()
-        found[OPTIONS[p]] = squared_error(weight_OI, dense_OI, curvature.hessian_II) / signal
+        error_O = row_errors(weight_OI, dense_OI, curvature.hessian_II)
+        found[OPTIONS[p]] = (share_O @ error_O).item() / signal
         if OPTIONS[p] == spectrum_option(OPTIONS):
-            form = ClosedForm.of(weight_OI, Operand.of(weight_OI - dense_OI), curvature, signal, [8, 16, 32])
+            delta = Operand.of(weight_OI - dense_OI)
+            form = ClosedForm.of(weight_OI, share_O, delta, curvature, signal, [8, 16, 32])
     assert form is not None
     return form, found
 
 
-@pytest.fixture(scope="module")
-def measured() -> tuple[ClosedForm, dict[Option, float]]:
-    return errors_of(*gaussian_layer())
+@pytest.fixture(scope="module", params=[EVEN_O, UNEVEN_O], ids=["even rows", "uneven rows"])
+def measured(request: pytest.FixtureRequest) -> tuple[ClosedForm, dict[Option, float]]:
+    return errors_of(*gaussian_layer(), request.param)
 
 
 def log_ratios(predicted: Corrected, found: dict[Option, float]) -> dict[Option, float]:
@@ -164,10 +174,10 @@ def test_an_adaptive_sweep_measures_what_it_cannot_predict(tiny_llama: LoadedMod
     """Every option has an error; what was not measured has an interval no wider than allowed."""
     (member,) = (m for m in tiny_llama.layers_of(0) if m.projection == "o_proj")
     x_nI = torch.randn(80, 64, generator=torch.Generator().manual_seed(1))
-    moment, gradients = InputMoment((member,), x_nI.T @ x_nI / 80, 80), {member.name: torch.ones(member.rows)}
+    moment, price = InputMoment(member, x_nI.T @ x_nI / 80, 80), RowPrice(1.0, torch.ones(member.rows))
     grid = GridSettings((2, 3, 4, 5), (0, 4, 8), (32, 64), (64,), (4,))
     sweeps = {
-        adaptive: next(sweep_moment(tiny_llama, moment, gradients, grid, lambda *_: None, 1, adaptive))
+        adaptive: sweep_layer(tiny_llama, moment, price, grid, lambda *_: None, 1, adaptive)
         for adaptive in (False, True)
     }
     full = {m.option: m for m in sweeps[False].measurements}
@@ -182,9 +192,8 @@ def test_an_adaptive_sweep_measures_what_it_cannot_predict(tiny_llama: LoadedMod
 def test_a_layer_of_zeros_is_measured_in_full(tiny_llama: LoadedModel) -> None:
     (member,) = (m for m in tiny_llama.layers_of(0) if m.projection == "o_proj")
     tiny_llama.model.get_submodule(member.name).weight.data.zero_()
-    moment = InputMoment((member,), torch.eye(64), 80)
-    gradients = {member.name: torch.ones(member.rows)}
-    (sweep,) = sweep_moment(tiny_llama, moment, gradients, GRID, lambda *_: None, 1, adaptive=True)
+    moment, price = InputMoment(member, torch.eye(64), 80), RowPrice(1.0, torch.ones(member.rows))
+    sweep = sweep_layer(tiny_llama, moment, price, GRID, lambda *_: None, 1, adaptive=True)
     assert sorted(m.option for m in sweep.measurements) == sorted(GRID.options(member))
     assert not any(m.half_width for m in sweep.measurements)
     assert sweep.leave_one_out is None

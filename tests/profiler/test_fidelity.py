@@ -52,7 +52,7 @@ def test_probe_kl_is_the_kl_of_the_whole_model_with_one_block_replaced(
         opened(model_directory(architecture)),
         load_model(find_model(str(model_directory(architecture)))),
     )
-    blocks = list(compressed_blocks(loaded, TOKENS_NT, tmp_path))
+    blocks = list(compressed_blocks(loaded, TOKENS_NT, None, tmp_path))
     found = measure_blocks(loaded, TOKENS_NT, blocks, tmp_path)
     for index, weights in enumerate(blocks):
         with substituted(loaded, weights):
@@ -69,7 +69,7 @@ def test_an_identity_block_has_no_influence_and_nothing_to_lose(
         model.model.get_submodule(f"model.layers.1.{name}").weight.zero_()
     model.model.save_pretrained(tmp_path / "model")
     loaded = opened(tmp_path / "model")
-    found = measure_blocks(loaded, TOKENS_NT, compressed_blocks(loaded, TOKENS_NT, tmp_path), tmp_path)
+    found = measure_blocks(loaded, TOKENS_NT, compressed_blocks(loaded, TOKENS_NT, None, tmp_path), tmp_path)
     assert found["block_influence"][:, 1].tolist() == pytest.approx([0] * 4, abs=1e-9)
     assert found["probe_kl"][:, 1].tolist() == pytest.approx([0] * 4, abs=1e-6)
     assert found["probe_kl"][:, 0].min() > 1e-4
@@ -79,7 +79,7 @@ def test_the_document_has_every_block_with_intervals_and_tests(
     model_directory: Callable[[str], Path], tmp_path: Path
 ) -> None:
     loaded = opened(model_directory("llama"))
-    found = measure_blocks(loaded, TOKENS_NT, compressed_blocks(loaded, TOKENS_NT, tmp_path), tmp_path)
+    found = measure_blocks(loaded, TOKENS_NT, compressed_blocks(loaded, TOKENS_NT, None, tmp_path), tmp_path)
     document = fidelity_document(MODEL, found, "text", "text", 64)
     assert [block.block for block in document.blocks] == [0, 1]
     for block in document.blocks:
@@ -101,7 +101,7 @@ def test_the_same_windows_give_the_same_document(
 ) -> None:
     def document() -> object:
         loaded = opened(model_directory("llama"))
-        blocks = compressed_blocks(loaded, TOKENS_NT, tmp_path)
+        blocks = compressed_blocks(loaded, TOKENS_NT, None, tmp_path)
         return fidelity_document(MODEL, measure_blocks(loaded, TOKENS_NT, blocks, tmp_path), "a", "b", 64)
 
     assert document() == document()

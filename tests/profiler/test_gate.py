@@ -44,9 +44,9 @@ def test_a_trial_measures_what_the_written_checkpoint_measures(
     (tmp_path / "trial").mkdir()
     tokens_NT = profile.probe_tokens()
     trial = {name: layer.option for name, layer in plan.layers.items()}
-    kl_PN = measure_trials(
-        opened, profile.calibration_tokens(), tokens_NT, [trial], tmp_path / "trial", silent
-    )[:, :, 0]
+    kl_PN = measure_trials(opened, profile.calibration(), tokens_NT, [trial], tmp_path / "trial", silent)[
+        :, :, 0
+    ]
     written = load_model(find_model(str(tmp_path / "checkpoint"))).model
     original = load_model(find_model(profile.document.model.id)).model
     expected = measure(written, live_logits(original), tokens_NT).kl_nats
@@ -58,9 +58,9 @@ def test_keeping_every_layer_diverges_by_nothing_and_fewer_bits_by_more(
 ) -> None:
     names = [layer.name for layer in opened.layers]
     trials = [dict.fromkeys(names, option) for option in (KEEP, Option(4, 0, 64, 0), Option(2, 0, 64, 0))]
-    kl_PN = measure_trials(
-        opened, profile.calibration_tokens(), profile.probe_tokens(), trials, tmp_path, silent
-    )[:, :, 0]
+    kl_PN = measure_trials(opened, profile.calibration(), profile.probe_tokens(), trials, tmp_path, silent)[
+        :, :, 0
+    ]
     kept, four, two = kl_PN.mean(dim=1).tolist()
     assert kept == pytest.approx(0, abs=1e-6)
     assert kept < four < two

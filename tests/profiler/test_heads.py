@@ -77,7 +77,7 @@ def test_their_errors_are_those_of_the_definition(profile: Profile, tmp_path: Pa
     loaded = load_model(find_model(profile.document.model.id))
     (work,) = (
         work
-        for block in block_works(loaded, profile.calibration_tokens(), tmp_path)
+        for block in block_works(loaded, *profile.calibration(), tmp_path)
         for work in block.layers()
         if work.name == "model.layers.1.self_attn.k_proj"
     )

@@ -84,18 +84,22 @@ def test_exact_weights_measure_no_divergence(model_directory: Callable[[str], Pa
             ((_, found),) = decompose([loaded.weight(layer)], curvature, [option])
             keeper(tmp_path, writer)(layer, found)
     with loaded.replacing(lambda layer: read_probe(tmp_path, layer, option)):
-        (same,) = measure_probes(loaded, tokens_NT, {option: 0.1}, tmp_path, lambda *_: None)
-    (other,) = measure_probes(loaded, tokens_NT, {option: 0.1}, tmp_path, lambda *_: None)
+        (same,), kl_of_same = measure_probes(loaded, tokens_NT, {option: 0.1}, tmp_path, lambda *_: None)
+    (other,), kl_of_other = measure_probes(loaded, tokens_NT, {option: 0.1}, tmp_path, lambda *_: None)
     assert same.measured_kl == pytest.approx(0, abs=1e-6)
     assert other.measured_kl > 1e-3
+    for probe, kl_of in ((same, kl_of_same), (other, kl_of_other)):
+        assert kl_of[option].shape == (4,)
+        assert probe.measured_kl == pytest.approx(kl_of[option].mean().item(), rel=1e-9)
 
 
-def test_a_profile_s_costs_are_error_times_sensitivity_times_gain(
+def test_a_profile_s_costs_are_error_times_sensitivity_times_correction_times_gain(
     tiny_profile: Callable[[str], Profile],
 ) -> None:
     profile = tiny_profile("llama")
     for layer in profile.menu.layers:
-        price = profile.document.layers[layer.name].sensitivity * profile.document.gain.mean
+        record = profile.document.layers[layer.name]
+        price = record.sensitivity * record.correction * profile.document.gain.mean
         errors = {m.option: m.error for m in profile.measurements[layer.name]} | {KEEP: 0.0}
         assert layer.options == tuple(errors)
         assert layer.error.tolist() == list(errors.values())

@@ -152,9 +152,9 @@ def test_plans_say_their_bytes_and_error_times_sensitivity(profile: Profile, cal
 def test_plans_say_what_was_measured(profile: Profile, calibrated: Profile, tmp_path: Path) -> None:
     trials = [trial_of(profile.menu, choice) for choice in random_choices(profile.menu, FEW)]
     tokens_NT = profile.probe_tokens()
-    kl_PN = measure_trials(
-        opened(profile), profile.calibration_tokens(), tokens_NT, trials, tmp_path, silent
-    )[:, :, 0].numpy()
+    kl_PN = measure_trials(opened(profile), profile.calibration(), tokens_NT, trials, tmp_path, silent)[
+        :, :, 0
+    ].numpy()
     plans = calibrated.document.plans
     assert [plan.measured_kl for plan in plans] == kl_PN.mean(axis=1).tolist()
     error_P = kl_PN.std(axis=1, ddof=1) / math.sqrt(len(tokens_NT))

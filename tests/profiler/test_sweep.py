@@ -6,16 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from allocator.storage import Option
 from compressor.curvature import Curvature
 from compressor.decompose import decompose
 from compressor.decomposition import Decomposition
-from profiler.calibration import InputMoment
 from profiler.layers import Layer, LoadedModel
 from profiler.measurement import GridSettings
+from profiler.moments import InputMoment
 from profiler.profile import Profile
-from profiler.sweep import default_ranks, sweep_moment
+from profiler.sweep import RowPrice, default_ranks, sweep_layer
 
 GRID = GridSettings((2, 4), (0, 4), (32, 64), (64,), (4, 8))
 
@@ -43,46 +44,49 @@ def test_default_ranks_grow_with_the_model(side: int, largest: int) -> None:
     assert ranks == (0, largest // 4, largest // 2, largest)
 
 
-def test_error_sensitivity_and_signal_are_those_of_the_definition(tiny_llama: LoadedModel) -> None:
-    """With H = mean x xᵀ: error E‖ΔWx‖²/E‖Wx‖², signal E‖Wx‖², sensitivity ½·mean(diag G)·signal."""
-    members = tuple(m for m in tiny_llama.layers_of(0) if m.projection in ("q_proj", "k_proj", "v_proj"))
-    x_nI = torch.randn(80, 64, generator=torch.Generator().manual_seed(1))
-    moment = InputMoment(members, x_nI.T @ x_nI / 80, 80)
-    gradients = {m.name: torch.rand(m.rows, generator=torch.Generator().manual_seed(2)) for m in members}
-    kept: dict[tuple[str, Option], Decomposition] = {}
-    sweeps = list(
-        sweep_moment(
-            tiny_llama,
-            moment,
-            gradients,
-            GRID,
-            lambda member, found: kept.update({(member.name, found.option): found}),
-            rounds=1,
-        )
+@pytest.mark.parametrize("projection", ["q_proj", "down_proj"])
+def test_error_sensitivity_and_signal_are_those_of_the_definition(
+    tiny_llama: LoadedModel, projection: str
+) -> None:
+    """With H = Σ w x xᵀ / Σ w and rows that count s_o times as much: signal Σ_o s_o E_w[(Wx)_o²], error
+    Σ_o s_o E_w[(ΔWx)_o²] / signal, sensitivity ½·E[w]·signal."""
+    (member,) = (m for m in tiny_llama.layers_of(0) if m.projection == projection)
+    generator = torch.Generator().manual_seed(1)
+    x_nI = torch.randn(80, member.columns, generator=generator)
+    weight_n = torch.rand(80, generator=generator)
+    share_O = torch.rand(member.rows, generator=generator)
+    share_O /= share_O.mean()
+    hessian_II = (x_nI * weight_n[:, None]).T @ x_nI / weight_n.sum()
+    kept: dict[Option, Decomposition] = {}
+    sweep = sweep_layer(
+        tiny_llama,
+        InputMoment(member, hessian_II, 80),
+        RowPrice(0.3, share_O),
+        GRID,
+        lambda _, found: kept.update({found.option: found}),
+        rounds=1,
     )
-    assert sorted(sweep.layer.name for sweep in sweeps) == sorted(member.name for member in members)
-    for sweep in sweeps:
-        weight_OI = tiny_llama.weight(sweep.layer)
-        signal = (x_nI @ weight_OI.T).square().sum(1).mean().item()
-        assert sweep.tokens == 80
-        assert sweep.signal == pytest.approx(signal, rel=1e-4)
-        assert sweep.sensitivity == pytest.approx(
-            gradients[sweep.layer.name].mean().item() * signal / 2, rel=1e-4
-        )
-        assert sorted(m.option for m in sweep.measurements) == sorted(GRID.options(sweep.layer))
-        for measurement in sweep.measurements:
-            delta_OI = weight_OI - kept[sweep.layer.name, measurement.option].dense()
-            error = (x_nI @ delta_OI.T).square().sum(1).mean().item() / signal
-            assert measurement.error == pytest.approx(error, rel=1e-3)
+    weight_OI = tiny_llama.weight(member)
+
+    def energy(matrix_OI: Tensor) -> float:
+        return (weight_n @ (x_nI @ matrix_OI.T).square() @ share_O / weight_n.sum()).item()
+
+    assert sweep.layer == member
+    assert sweep.tokens == 80
+    assert sweep.signal == pytest.approx(energy(weight_OI), rel=1e-4)
+    assert sweep.sensitivity == pytest.approx(0.3 * energy(weight_OI) / 2, rel=1e-4)
+    assert [m.option for m in sweep.measurements] == sorted(GRID.options(member)) == sorted(kept)
+    for measurement in sweep.measurements:
+        error = energy(weight_OI - kept[measurement.option].dense()) / energy(weight_OI)
+        assert measurement.error == pytest.approx(error, rel=1e-3)
 
 
 def test_what_is_measured_together_is_what_the_worker_makes_alone(tiny_llama: LoadedModel) -> None:
-    """The sweep batches layers and options; the worker does one at a time. Their errors agree."""
+    """The sweep batches options; the worker does one at a time. Their errors agree."""
     (member,) = (m for m in tiny_llama.layers_of(0) if m.projection == "o_proj")
     x_nI = torch.randn(80, 64, generator=torch.Generator().manual_seed(1))
-    moment = InputMoment((member,), x_nI.T @ x_nI / 80, 80)
-    gradients = {member.name: torch.ones(member.rows)}
-    (sweep,) = sweep_moment(tiny_llama, moment, gradients, GRID, lambda *_: None, rounds=4)
+    moment = InputMoment(member, x_nI.T @ x_nI / 80, 80)
+    sweep = sweep_layer(tiny_llama, moment, RowPrice(1.0, torch.ones(64)), GRID, lambda *_: None, rounds=4)
     weight_OI = tiny_llama.weight(member)
     for measurement in sweep.measurements:
         ((_, alone),) = decompose([weight_OI], Curvature.of(moment.hessian_II), [measurement.option])
