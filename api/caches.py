@@ -47,7 +47,7 @@ class CacheSettings:
     end_ratio: float | None = None
     ranks: Path | None = None
     text: Path | None = None
-    calibration: Path | None = None
+    calibration: tuple[Path, ...] = ()
     tokens: int = 4_096
     device: str = "cpu"
 
@@ -73,8 +73,8 @@ def measure_caches(model: str, settings: CacheSettings, progress: Progress) -> l
     loaded = load_model(find_model(model), settings.device)
     context, chunk_size = _context(loaded, settings.context), _chunk_size(loaded, settings.chunk_size)
     ratio, bits = _share(loaded, settings)
-    measured_NT = _windows(_tokens(loaded, settings.text, settings.tokens, 1, model), context)
-    calibration_NT = _tokens(loaded, settings.calibration, CALIBRATION_TOKENS, 0, None)
+    measured_NT = _windows(_measured_tokens(loaded, settings, model), context)
+    calibration_NT = _tokens(loaded, settings.calibration, CALIBRATION_TOKENS, 0)
     found = keys_and_values(loaded, calibration_NT, chunk_size, progress)
     speed = plain_speed(loaded, measured_NT[0])
     rows: list[CacheFigures] = []
@@ -112,10 +112,11 @@ def plan_jointly(
     `PlanError` for other weights, and what `parse_joint_budget` and `joint_bytes` raise.
     """
     from allocator.cache import joint_plan, parse_joint_budget
+    from api.usecases import with_warnings
 
     parsed = parse_joint_budget(budget)
     menu = cache_profile(profile, context, progress, device).menu(context, batch)
-    return joint_plan(profile.planner, menu, parsed)
+    return with_warnings(joint_plan(profile.planner, menu, parsed), profile)
 
 
 def cache_profile(profile: Profile, context: int, progress: Progress, device: str = "cpu") -> CacheProfile:
@@ -249,13 +250,18 @@ def _chunk_size(loaded: LoadedModel, given: int | None) -> int:
     return chunk_size
 
 
-def _tokens(loaded: LoadedModel, text: Path | None, count: int, seed: int, model: str | None) -> Tensor:
-    from profiler.calibration import sample_tokens, text_tokens
+def _measured_tokens(loaded: LoadedModel, settings: CacheSettings, model: str) -> Tensor:
     from profiler.checkpoint import DEMO, DEMO_PATH
 
-    if text is None and model == DEMO:
-        text = DEMO_PATH / "evaluation.txt"
-    return sample_tokens(loaded, count, seed) if text is None else text_tokens(loaded, text, count)
+    text = DEMO_PATH / "evaluation.txt" if settings.text is None and model == DEMO else settings.text
+    return _tokens(loaded, () if text is None else (text,), settings.tokens, 1)
+
+
+def _tokens(loaded: LoadedModel, texts: Sequence[Path], count: int, seed: int) -> Tensor:
+    """Of the texts, mixed evenly; without any, sampled from the model."""
+    from profiler.calibration import sample_tokens, text_tokens
+
+    return text_tokens(loaded, texts, count) if texts else sample_tokens(loaded, count, seed)
 
 
 def _windows(tokens_NT: Tensor, context: int) -> Tensor:

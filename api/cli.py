@@ -19,7 +19,8 @@ import typer
 
 from api import export_cli, job_cli, kvcache_cli, plan_cli, service_cli, study_cli
 from api.plan_cli import Embeddings
-from api.progress import progress
+from api.progress import progress, remark
+from api.study_cli import Calibration
 
 app = typer.Typer(
     name="bitrank",
@@ -127,9 +128,7 @@ def demo(
 def profile(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     output: Annotated[Path, typer.Option("-o", "--output", help="Profile directory to write.")],
-    calibration: Annotated[
-        Path | None, typer.Option(help="UTF-8 text; sampled from the model if absent.")
-    ] = None,
+    calibration: Calibration = None,
     tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = 40_960,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
     bits: Annotated[str, typer.Option(help="Bit widths to measure; 0 is low rank alone.")] = "2,3,4,5,6,8",
@@ -165,7 +164,7 @@ def profile(
     if not any(widths):
         raise typer.BadParameter("--bits 0, which is low rank alone, needs another width beside it")
     settings = ProfileSettings(
-        calibration=calibration,
+        calibration=tuple(calibration or ()),
         tokens=tokens,
         seed=seed,
         device=device,
@@ -231,6 +230,7 @@ def calibrate(
     made = calibrate_profile(profile, output, text, tokens, plans, seed, progress(), device)
     found, gain = made.document.agreement, made.document.gain
     assert found is not None
+    remark(made.warnings)
     if json_output:
         summary = {"profile": str(made.path), "sha256": made.sha256, "plans": len(made.document.plans)}
         return print_json(summary | {"gain": asdict(gain), "agreement": found.model_dump()})
@@ -263,6 +263,7 @@ def frontier(
 
     loaded = load_profile(profile_path).offered(embeddings)
     points, uniform = frontier_points(loaded), uniform_points(loaded)
+    remark(loaded.warnings)
     if json_output:
         return print_json({"frontier": _dicts(points), "uniform": _dicts(uniform)})
     shown = points[:: max(1, len(points) // 24)]
@@ -325,6 +326,7 @@ def compress(
     from api.usecases import compress_plan
 
     made = compress_plan(plan_path, output, progress(), profile_path, device, model)
+    remark(made.warnings)
     if json_output:
         return print_json({"checkpoint": str(output), "tensor_bytes": made.total_bytes})
     print(f"{output}: {made.total_bytes:,} tensor bytes")

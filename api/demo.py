@@ -197,6 +197,7 @@ def plan_summary(profile: Profile, label: str, plan: Plan) -> page.PlanSummary:
         lower_bound=plan.lower_bound,
         gap=plan.gap / plan.predicted_kl if plan.predicted_kl > 0 else 0.0,
         shadow_price_nats_per_mib=plan.shadow_price,
+        warnings=plan.warnings,
         layers=[
             page.PlannedLayer(
                 name=name,

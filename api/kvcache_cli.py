@@ -37,7 +37,11 @@ def kvcache(
     ] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on.")] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="UTF-8 text for the bases; sampled from the model if absent.")
+        list[Path] | None,
+        typer.Option(
+            help="UTF-8 text for the bases, may be given several times and is then mixed evenly; sampled from the"
+            " model if absent."
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens to measure on.")] = 4_096,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file to write.")] = None,
@@ -66,7 +70,7 @@ def kvcache(
         end_ratio=end_ratio,
         ranks=ranks,
         text=text,
-        calibration=calibration,
+        calibration=tuple(calibration or ()),
         tokens=tokens,
         device=device,
     )

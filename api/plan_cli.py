@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from api.progress import ProgressLine, progress
+from api.progress import ProgressLine, progress, remark
 
 if TYPE_CHECKING:
     from allocator.plan import Plan, PlanCache
@@ -88,8 +87,9 @@ def plan(
     else:
         made, size = _planned_there(server, profile, budget, strategy, target, verify, embeddings), ""
     made.save(output)
+    remark(made.warnings)
     if made.verification is not None and made.verification.verdict == "worse":
-        print(f"bitrank: {describe_verification(made.verification)}", file=sys.stderr)
+        remark([describe_verification(made.verification)])
     if json_output:
         return print(made.model_dump_json(indent=1))
     low, high = made.predicted_kl_interval
@@ -139,6 +139,7 @@ def compare(
     found = compare_strategies(
         loaded, named, budget, progress(), device, _policy(policy, loaded, "policy" in named), share
     )
+    remark(loaded.warnings)
     document = {
         "model": loaded.document.model.model_dump(),
         "comparisons": [asdict(pair) | {"saved": pair.saved} for pair in found],
@@ -274,6 +275,5 @@ def _policy(path: Path | None, profile: Profile, asked_for: bool) -> Policy | No
     if not asked_for:
         raise typer.BadParameter("--policy goes with the strategy policy; name it")
     policy = load_policy(path)
-    for sentence in policy.unmatched(profile.menu):
-        print(f"bitrank: {sentence}", file=sys.stderr)
+    remark(policy.unmatched(profile.menu))
     return policy

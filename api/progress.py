@@ -1,9 +1,9 @@
-"""The progress line: how far a long command is, on stderr."""
+"""What a command says on stderr beside errors: how far it is, and remarks on what it works from."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -46,6 +46,12 @@ class ProgressLine:
 
     def _end(self, terminal: bool, complete: bool) -> str:
         return "\n" if complete or not terminal else "\r"
+
+
+def remark(sentences: Iterable[str]) -> None:
+    """Each on a line of its own."""
+    for sentence in sentences:
+        print(f"bitrank: {sentence}", file=sys.stderr)
 
 
 def progress() -> ProgressLine:

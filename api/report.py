@@ -148,7 +148,7 @@ class PlannedLayer(_Record):
 
 
 class PlanSummary(_Record):
-    """A plan and its certificate; KL in nats/token, `gap` relative to `predicted_kl`."""
+    """A plan, its certificate and what its profile warns of; KL in nats/token, `gap` relative to `predicted_kl`."""
 
     label: str
     budget_text: str
@@ -158,6 +158,7 @@ class PlanSummary(_Record):
     lower_bound: float
     gap: float
     shadow_price_nats_per_mib: float
+    warnings: Sequence[str] = Field(default=(), exclude_if=not_)
     layers: Sequence[PlannedLayer] = Field(min_length=1)
 
 

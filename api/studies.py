@@ -27,7 +27,7 @@ def study_fidelity(
     model: str,
     output: Path | None,
     progress: Progress,
-    calibration: Path | None = None,
+    calibration: Sequence[Path] = (),
     text: Path | None = None,
     tokens: int = FIDELITY_TOKENS,
     seed: int = 0,
@@ -46,7 +46,7 @@ def study_fidelity(
 
     ref = find_model(model)
     with _scratch(output) as folder:
-        run = open_run(ref, folder, ProfileSettings(calibration, tokens, seed, device))
+        run = open_run(ref, folder, ProfileSettings(tuple(calibration), tokens, seed, device))
         run.work.mkdir()
         if text is not None:
             measured_NT, source = text_tokens(run.loaded, text, tokens // PROBE_SHARE), text.name

@@ -23,6 +23,12 @@ Output = Annotated[
     Path | None,
     typer.Option("-o", "--output", help="JSON file to write; a page of charts is written beside it."),
 ]
+Calibration = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="UTF-8 text, may be given several times and is then mixed evenly; sampled from the model if absent."
+    ),
+]
 Text = Annotated[Path | None, typer.Option(help="UTF-8 text to measure on.")]
 
 
@@ -34,9 +40,7 @@ def register(app: typer.Typer) -> None:
 def fidelity(
     model: Model,
     output: Output = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="UTF-8 text; sampled from the model if absent.")
-    ] = None,
+    calibration: Calibration = None,
     text: Text = None,
     tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens; a fifth as many measure.")] = 40_960,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
@@ -47,7 +51,7 @@ def fidelity(
     from api.progress import progress
     from api.studies import study_fidelity
 
-    found = study_fidelity(model, output, progress(), calibration, text, tokens, seed, device)
+    found = study_fidelity(model, output, progress(), calibration or (), text, tokens, seed, device)
     _finish(found, output, json_output)
     if json_output:
         return
@@ -251,12 +255,13 @@ def downstream(
     from allocator.atomic import write_atomically
     from api.cli import print_json, strict
     from api.downstream import PLANS, document_of, measure_downstream
-    from api.progress import progress
+    from api.progress import progress, remark
     from profiler.profile import load_profile
 
     loaded = load_profile(profile)
     found = measure_downstream(loaded, plans or PLANS, tasks, task or (), text, documents, progress(), device)
     document = document_of(loaded, found)
+    remark(loaded.warnings)
     if output is not None:
         write_atomically(output, (json.dumps(strict(document), indent=1) + "\n").encode())
     if json_output:

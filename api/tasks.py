@@ -113,11 +113,15 @@ class Tasks:
         return tasks[name](request, report)
 
     def begin(self, request: Json, report: Reporter) -> Json:
-        """The id of the profile where it is made already; otherwise statistics on disk and the number of blocks."""
+        """The id of the profile where it is made already; otherwise statistics on disk and the number of blocks.
+
+        With `current`, one that an earlier version made is made again.
+        """
         from profiler.run import begin_profile
 
-        job = ProfileJob.model_validate(request)
-        if job.settings == ProfileOptions() and (known := self._profiles.find(job.model)) is not None:
+        job = ProfileJob.model_validate({name: request[name] for name in request if name != "current"})
+        known = self._profiles.find(job.model) if job.settings == ProfileOptions() else None
+        if known is not None and not (request.get("current") and self._is_of_earlier_version(known)):
             return {"profile_id": known}
         run = self._opened(job)
         with self._alone(run, "begin"):
@@ -257,6 +261,12 @@ class Tasks:
 
     def _checkpoint(self, plan_id: str) -> Path:
         return self._settings.checkpoints_dir / plan_id
+
+    def _is_of_earlier_version(self, profile_id: str) -> bool:
+        """Whether a profile has no weights of its tokens, so that its prices may be wrong by factors."""
+        from profiler.profile import TOKEN_WEIGHTS
+
+        return not (self._profiles.load(profile_id).path / TOKEN_WEIGHTS).exists()
 
     def _is_finished(self, run: ProfileRun) -> bool:
         """Whether the profile is made, here or on another machine."""

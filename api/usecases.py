@@ -135,7 +135,13 @@ def plan_budget(
     if target is not None:
         check_fused(menu, choice, target, strategy)
     written = PlanBudget(text=budget, bytes=total)
-    return planner.plan(choice, budget=written, bound=bound, strategy=strategy, target=target)
+    made = planner.plan(choice, budget=written, bound=bound, strategy=strategy, target=target)
+    return with_warnings(made, profile)
+
+
+def with_warnings(plan: Plan, profile: Profile) -> Plan:
+    """The plan with what its profile warns of."""
+    return plan.model_copy(update={"warnings": profile.warnings})
 
 
 def planner_for(profile: Profile, target: str | None) -> Planner:
@@ -314,15 +320,17 @@ def compress_plan(
 ) -> Plan:
     """Carry out plan.json into a checkpoint directory; resumes an interrupted run of the same plan.
 
-    `model` says where the original is now, if not where it was when it was profiled.
+    `model` says where the original is now, if not where it was when it was profiled. The plan comes back with what its
+    profile warns of.
     """
     from allocator.plan import load_plan
     from compressor.worker import check_output
 
     plan = load_plan(plan_path)
     check_output(output)
-    execute(plan, find_profile(plan, plan_path, profile_path), output, progress, device, model)
-    return plan
+    profile = find_profile(plan, plan_path, profile_path)
+    execute(plan, profile, output, progress, device, model)
+    return with_warnings(plan, profile)
 
 
 def execute(

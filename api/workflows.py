@@ -110,7 +110,8 @@ def fail_job(job_id: str, problem: Json) -> None:
 
 
 def profile_job(job_id: str, started: Json) -> Json:
-    return {"profile_id": profiled(job_id, job_id, ProfileJob.model_validate(started["request"]), None)}
+    job = ProfileJob.model_validate(started["request"])
+    return {"profile_id": profiled(job_id, job_id, job, None, current=True)}
 
 
 def plan_job(job_id: str, started: Json) -> Json:
@@ -198,10 +199,10 @@ def plan_request(job: PlanJob, profile_id: str, budgets: list[str | None], owner
     return {"job": settled, "profile_id": profile_id, "budgets": budgets, "model": job.model, "owner": owner}
 
 
-def profiled(job_id: str, prefix: str, job: ProfileJob, item: str | None) -> str:
-    """The id of the model's profile, measured by as many workers as there are."""
+def profiled(job_id: str, prefix: str, job: ProfileJob, item: str | None, current: bool = False) -> str:
+    """The id of the model's profile, measured by as many workers as there are; `current`: not by an earlier version."""
     request = job.model_dump(mode="json", include=set(ProfileJob.model_fields))
-    begun = task(job_id, prefix, "begin", request, item)
+    begun = task(job_id, prefix, "begin", request | ({"current": True} if current else {}), item)
     if "profile_id" in begun:
         return str(begun["profile_id"])
     blocks = [

@@ -84,9 +84,9 @@ def report_measured(
     tokens_NT = torch.cat([text_tokens(loaded, text, share) for text in arguments.texts])
     trials = [trial_of(full.menu, choice) for pair in choices.values() for choice in pair]
     with TemporaryDirectory() as folder:
-        kl_PN = measure_trials(
-            loaded, full.calibration_tokens(), tokens_NT, trials, Path(folder), progress()
-        )[:, :, 0]
+        kl_PN = measure_trials(loaded, full.calibration(), tokens_NT, trials, Path(folder), progress())[
+            :, :, 0
+        ]
     for bits, (ours, theirs) in zip(choices, kl_PN.view(-1, 2, kl_PN.shape[1]), strict=True):
         difference_N = theirs - ours
         error = (difference_N.std() / len(difference_N) ** 0.5).item()

@@ -44,7 +44,7 @@ def main() -> None:
     for tokens in arguments.tokens:
         kl = {
             name: losses(arguments, text, tokens, held_out_NT)
-            for name, text in (("human", arguments.human), ("sampled", None))
+            for name, text in (("human", (arguments.human,)), ("sampled", ()))
         }
         more = [sampled / human - 1 for human, sampled in zip(kl["human"], kl["sampled"], strict=True)]
         print(
@@ -55,9 +55,9 @@ def main() -> None:
 
 
 def losses(
-    arguments: argparse.Namespace, calibration: Path | None, tokens: int, held_out_NT: Tensor
+    arguments: argparse.Namespace, calibration: tuple[Path, ...], tokens: int, held_out_NT: Tensor
 ) -> list[float]:
-    """Measured KL of each budget's plan from a profile on `tokens` tokens of a text, or sampled ones."""
+    """Measured KL of each budget's plan from a profile on `tokens` tokens of texts, or sampled ones."""
     ref = find_model(arguments.model)
     settings = ProfileSettings(
         calibration=calibration, tokens=tokens, seed=arguments.seed, device=arguments.device, adaptive=True
@@ -70,7 +70,7 @@ def losses(
         trials = [{layer: planned.option for layer, planned in plan.layers.items()} for plan in plans]
         loaded = open_model(ref, arguments.device)
         kl_PN = measure_trials(
-            loaded, profile.calibration_tokens(), held_out_NT, trials, folder / "trials", progress()
+            loaded, profile.calibration(), held_out_NT, trials, folder / "trials", progress()
         )[:, :, 0]
     return kl_PN.mean(dim=1).tolist()
 

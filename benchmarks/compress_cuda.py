@@ -97,7 +97,7 @@ def carry_out(folder: Path, tokens: int) -> None:
     tokens_NT = torch.randint(vocabulary, (tokens // loaded.window, loaded.window), generator=generator)
     activations = folder / "activations"
     activations.mkdir()
-    blocks = block_works(loaded, tokens_NT, activations)
+    blocks = block_works(loaded, tokens_NT, None, activations)
     compress(plan, blocks, kept, loaded.ref.path, folder / "compressed", progress(), len(loaded.block_names))
     weights = sum(layer.weights for layer in loaded.layers)
     bits = 8 * plan.compressible_bytes / weights

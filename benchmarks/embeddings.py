@@ -21,7 +21,7 @@ BUDGETS = ("2.3bpw", "2.6bpw", "3.0bpw", "3.3bpw", "3.75bpw", "4.3bpw")
 def table(model: str, work: Path, tokens: int) -> str:
     """Rows of Markdown, one for each budget of the plan that keeps its tables."""
     path = "demo" if model == "demo" else str(SHARED / "models" / model)
-    settings = ProfileSettings(calibration=SHARED / "data" / "calibration.txt")
+    settings = ProfileSettings(calibration=(SHARED / "data" / "calibration.txt",))
     profile = usecases.profile_model(path, work / model / "profile", settings, progress())
     kept = {budget: usecases.plan_budget(profile, budget) for budget in BUDGETS}
     offered = {

@@ -1,6 +1,6 @@
 """The do-no-harm gate over many budgets: how often a plan loses to uniform at the same bytes.
 
-`python -m benchmarks.gate MODEL [--calibration FILE]` profiles a model under several seeds, plans budgets from 2.3 to
+`python -m benchmarks.gate MODEL [--calibration FILE …]` profiles a model under several seeds, plans budgets from 2.3 to
 5 bits per weight under each, verifies every plan as `bitrank plan --verify` does, and counts the verdicts. A plan is
 worse if it loses to log-interpolated uniform by more than the measurement's own error, 90 % one-sided.
 """
@@ -26,7 +26,7 @@ from profiler.run import ProfileSettings, build_profile
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--calibration", type=Path, action="append", default=[], help="several are mixed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--budgets", type=int, default=30)
     parser.add_argument("--device", default="cpu")
@@ -50,7 +50,7 @@ def main() -> None:
 
 def verifications(arguments: argparse.Namespace, seed: int) -> list[dict[str, object]]:
     ref, report = find_model(arguments.model), progress()
-    settings = ProfileSettings(calibration=arguments.calibration, seed=seed, device=arguments.device)
+    settings = ProfileSettings(tuple(arguments.calibration), seed=seed, device=arguments.device)
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "trials").mkdir()

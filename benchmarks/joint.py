@@ -30,7 +30,7 @@ from profiler.evaluation import compare, stored_logits
 from profiler.kvprofile import CacheProfile
 from profiler.layers import LoadedModel, load_model, open_model
 from profiler.profile import load_profile
-from profiler.trial import Trial, measure_trials, trial_of, trial_weight
+from profiler.trial import Calibration, Trial, measure_trials, trial_of, trial_weight
 
 SPLITS = 10
 
@@ -94,12 +94,12 @@ def measured(
     whole: LoadedModel,
     empty: Sequence[Callable[[], Cache]],
     trials: Sequence[Trial],
-    calibration_NT: Tensor,
+    calibration: Calibration,
     tokens_NT: Tensor,
     folder: Path,
 ) -> Floats:
     """(splits, 3, N): KL of weights, cache, both."""
-    weights_PN = measure_trials(loaded, calibration_NT, tokens_NT, trials, folder, progress())[:, :, 0]
+    weights_PN = measure_trials(loaded, calibration, tokens_NT, trials, folder, progress())[:, :, 0]
     reference = stored_logits(whole, tokens_NT, folder / "reference.f32")
     rows = []
     for p, (trial, cache) in enumerate(zip(trials, empty, strict=True)):
@@ -133,7 +133,7 @@ def main() -> None:
     trials = [trial_of(profile.menu, split.choice) for split in found]
     empty = [layout_of(cache, menu, split.cached, whole).empty for split in found]
     with TemporaryDirectory() as folder:
-        kl_P3N = measured(loaded, whole, empty, trials, profile.calibration_tokens(), tokens_NT, Path(folder))
+        kl_P3N = measured(loaded, whole, empty, trials, profile.calibration(), tokens_NT, Path(folder))
     print(
         f"{ref.id}, {arguments.budget}: {total:,} bytes for weights and {menu.batch} × {menu.context} tokens"
     )

@@ -1,8 +1,8 @@
 """The quality ladder: held-out KL of one model at uniform settings, rung by rung, and of plans over plain GPTQ.
 
-`python -m benchmarks.ladder PROFILE TEXT…` measures nearest rounding, GPTQ, GPTQ with descent, and rank 64 with factors
-of 4 and 8 bits, all at group 64; then plans from the profile at six budgets, over the KL of uniform plain GPTQ
-log-interpolated to the same bytes.
+`python -m benchmarks.ladder PROFILE TEXT…` measures nearest rounding, GPTQ, GPTQ with tokens weighted as the profile
+weighs them, with descent too, and rank 64 with factors of 4 and 8 bits, all at group 64; then plans from the profile at
+six budgets, over the KL of uniform plain GPTQ log-interpolated to the same bytes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from profiler.calibration import text_tokens
 from profiler.checkpoint import find_model
 from profiler.evaluation import compare, stored_logits
 from profiler.layers import LoadedModel, open_model
+from profiler.moments import TokenWeights
 from profiler.profile import Profile, load_profile
 from profiler.stream import block_works
 
@@ -54,11 +55,19 @@ def planned(plan: Plan, name: str, w_OI: Tensor, curvature: Curvature) -> Tensor
     return carried_out(plan.layers[name].option, 4, name, w_OI, curvature)
 
 
-def rungs() -> dict[str, Rung]:
+def plain_rungs() -> dict[str, Rung]:
+    """Those that weigh every token evenly."""
     found: dict[str, Rung] = {}
     for bits in BITS:
         found[f"{bits} bits, nearest"] = partial(nearest, bits)
         found[f"{bits} bits, GPTQ"] = partial(plain_gptq, bits)
+    return found
+
+
+def weighted_rungs() -> dict[str, Rung]:
+    found: dict[str, Rung] = {}
+    for bits in BITS:
+        found[f"{bits} bits, GPTQ, tokens weighted"] = partial(plain_gptq, bits)
         found[f"{bits} bits, descent"] = partial(carried_out, Option(bits, 0, GROUP, 0), 1)
     for bits in BITS[:2]:
         for factor_bits, rounds in ((4, 1), (4, 4), (8, 4)):
@@ -69,12 +78,17 @@ def rungs() -> dict[str, Rung]:
 
 @torch.no_grad()
 def measured(
-    loaded: LoadedModel, calibration_NT: Tensor, tokens_NT: Tensor, rungs: dict[str, Rung], folder: Path
+    loaded: LoadedModel,
+    calibration_NT: Tensor,
+    tokens_NT: Tensor,
+    rungs: dict[str, Rung],
+    folder: Path,
+    token_weights: TokenWeights | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """KL in nats per token and its standard error of every rung."""
+    """KL in nats per token and its standard error of every rung; without token weights, Hessians are of all evenly."""
     weights: dict[str, dict[str, Tensor]] = {name: {} for name in rungs}
     report = progress()
-    for block in block_works(loaded, calibration_NT, folder):
+    for block in block_works(loaded, calibration_NT, token_weights, folder):
         curvatures: dict[int, Curvature] = {}
         for work in block.layers():
             key = id(work.hessian_II)
@@ -110,11 +124,14 @@ def asked(description: str | None) -> tuple[Profile, LoadedModel, Tensor]:
 def main() -> None:
     profile, loaded, tokens_NT = asked(__doc__)
     plans = {budget: plan_budget(profile, budget) for budget in BUDGETS}
-    wanted = rungs() | {budget: partial(planned, plan) for budget, plan in plans.items()}
+    plain, weighted = plain_rungs(), weighted_rungs()
+    wanted = weighted | {budget: partial(planned, plan) for budget, plan in plans.items()}
+    calibration_NT, token_weights = profile.calibration()
     with TemporaryDirectory() as folder:
-        found = measured(loaded, profile.calibration_tokens(), tokens_NT, wanted, Path(folder))
+        found = measured(loaded, calibration_NT, tokens_NT, plain, Path(folder))
+        found |= measured(loaded, calibration_NT, tokens_NT, wanted, Path(folder), token_weights)
     print(f"{profile.document.model.id}: KL in nats per token, ± its standard error")
-    for name in rungs():
+    for name in (*plain, *weighted):
         print(f"  {name:44} {found[name][0]:.4f} ± {found[name][1]:.4f}")
     sizes = {bits: plan_budget(profile, None, f"uniform:{bits}").total_bytes for bits in BITS}
     points = [(sizes[bits], found[f"{bits} bits, GPTQ"][0]) for bits in BITS]

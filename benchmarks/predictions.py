@@ -6,7 +6,7 @@ under other scores, each with one gain:
 
     weight error        ‖ΔW‖²/‖W‖²
     H-weighted          tr(ΔW H ΔWᵀ)/tr(W H Wᵀ)
-    isotropic Fisher    ½ mean(diag G) tr(ΔW H ΔWᵀ): what profiles use
+    isotropic Fisher    ½ mean(diag G) tr(ΔW H ΔWᵀ): gradients and inputs apart, H of all tokens evenly
     diagonal Fisher     ½ Σ_O G_OO (ΔW H ΔWᵀ)_OO
     K-FAC               ½ tr(G ΔW H ΔWᵀ); labels drawn once, or exactly: eight draws of a root of diag(p) − ppᵀ
     noise slope         ‖ΔW‖²/‖W‖², times the KL that Gaussian noise of a tenth of the weights' norm costs (HIGGS)
@@ -114,7 +114,7 @@ def scores(profile: Profile, device: str, wanted: dict[str, set[Option]], folder
     def add(score: str, key: tuple[str, Option], value: float) -> None:
         found.setdefault(score, {})[key] = value
 
-    for block in block_works(opened, tokens_NT, folder):
+    for block in block_works(opened, tokens_NT, None, folder):
         for work in block.layers():
             w_OI, hessian_II = work.weight_OI, work.hessian_II
             signal, norm = ((w_OI @ hessian_II) * w_OI).sum().item(), w_OI.square().sum().item()
@@ -209,7 +209,7 @@ def report(profile: Profile, arguments: argparse.Namespace, work: Path) -> None:
     folder = work / "held-out"
     folder.mkdir(exist_ok=True)
     kl_PN = measure_trials(
-        loaded, profile.calibration_tokens(), tokens_NT, [*trials, probe_trial], folder, progress()
+        loaded, profile.calibration(), tokens_NT, [*trials, probe_trial], folder, progress()
     )[:, :, 0]
     measured_P = kl_PN.mean(dim=1).numpy()[:-1]
     before_P, after_P = predicted(profile, choices), predicted(calibrated, choices)

@@ -66,7 +66,7 @@ def libraries_bytes(folder: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--calibration", type=Path, action="append", default=[], help="several are mixed")
     parser.add_argument("--output", type=Path, help="keep the profile here")
     parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS)
     arguments = parser.parse_args()
@@ -78,7 +78,7 @@ def main() -> None:
     report = progress()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        settings = ProfileSettings(calibration=arguments.calibration, tokens=arguments.tokens)
+        settings = ProfileSettings(tuple(arguments.calibration), tokens=arguments.tokens)
         profile = build_profile(
             find_model(arguments.model), arguments.output or Path(folder) / "profile", settings, report
         )

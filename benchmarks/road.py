@@ -43,16 +43,16 @@ def measured_kl(profile: Profile, plans: dict[str, Plan], tokens: int) -> dict[s
     )
     trials = [{name: layer.option for name, layer in plan.layers.items()} for plan in plans.values()]
     with tempfile.TemporaryDirectory() as folder:
-        kl_PN = measure_trials(
-            original, profile.calibration_tokens(), tokens_NT, trials, Path(folder), progress()
-        )[:, :, 0]
+        kl_PN = measure_trials(original, profile.calibration(), tokens_NT, trials, Path(folder), progress())[
+            :, :, 0
+        ]
     errors = kl_PN.std(dim=1) / kl_PN.shape[1] ** 0.5
     return dict(zip(plans, zip(kl_PN.mean(dim=1).tolist(), errors.tolist(), strict=True), strict=True))
 
 
 def table(model: str, bound: float, work: Path, tokens: int) -> str:
     path = "demo" if model == "demo" else str(SHARED / "models" / model)
-    settings = ProfileSettings(calibration=SHARED / "data" / "calibration.txt")
+    settings = ProfileSettings(calibration=(SHARED / "data" / "calibration.txt",))
     profile = usecases.profile_model(path, work / model / "profile", settings, progress())
     plans = {budget: usecases.plan_budget(profile, budget) for budget in BUDGETS}
     uniform = {

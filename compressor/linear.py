@@ -126,7 +126,8 @@ class CompressedLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """Q + L·R as it acts on x, float32 (O, I)."""
-        weight_OI = torch.zeros(self.out_features, self.in_features)
+        device = next(iter(self.state_dict().values())).device
+        weight_OI = torch.zeros(self.out_features, self.in_features, device=device)
         if self.option.bits:
             weight_OI = self._dense("weight", self.in_features)
         if self.option.rank:

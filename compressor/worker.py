@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from compressor.curvature import Curvature
 from compressor.decompose import ROUNDS, decompose
 from compressor.linear import layer_tensors
 from compressor.plugin import FORMAT_VERSION, METHOD
+from compressor.streams import side_by_side
 from compressor.table import embedding_tensors, table_tensors
 
 INDEX = "model.safetensors.index.json"
@@ -146,17 +148,19 @@ def compress_tables(plan: Plan, tables: Mapping[str, Tensor]) -> dict[str, Tenso
 def compress_block(plan: Plan, layers: list[LayerWork]) -> dict[str, Tensor]:
     """Every stored tensor of one block's layers, by full name."""
     tensors: dict[str, Tensor] = {}
-    for work in layers:
-        planned = plan.layers[work.name]
-        if planned.bits == KEEP_BITS:
-            stored = {"weight": work.stored.contiguous()}
-        else:
-            curvature = Curvature.of(work.hessian_II)
-            ((_, decomposition),) = decompose([work.weight_OI], curvature, [planned.option], ROUNDS)
-            stored = layer_tensors(decomposition)
-        _check_bytes(work.name, planned, stored)
-        tensors |= {f"{work.name}.{name}": tensor.cpu() for name, tensor in stored.items()}
-    return tensors
+    tasks = [partial(_compress_layer, plan.layers[work.name], work) for work in layers]
+    for name, stored in side_by_side(layers[0].weight_OI.device, tasks):
+        _check_bytes(name, plan.layers[name], stored)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
+    return dict(sorted(tensors.items()))
+
+
+def _compress_layer(planned: PlanLayer, work: LayerWork) -> tuple[str, dict[str, Tensor]]:
+    if planned.bits == KEEP_BITS:
+        return work.name, {"weight": work.stored.cpu().contiguous()}
+    curvature = Curvature.of(work.hessian_II)
+    ((_, decomposition),) = decompose([work.weight_OI], curvature, [planned.option], ROUNDS)
+    return work.name, {part: tensor.cpu() for part, tensor in layer_tensors(decomposition).items()}
 
 
 def _check_bytes(name: str, planned: PlanLayer, stored: dict[str, Tensor]) -> None:

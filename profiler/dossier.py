@@ -62,6 +62,6 @@ def has_probes(loaded: LoadedModel, work: Path) -> bool:
 def kept_blocks(loaded: LoadedModel, work: Path) -> Iterator[Weights]:
     for index in range(len(loaded.block_names)):
         yield {
-            layer: read_probe(work / "probes", layer, PROBE).to(loaded.device)
+            layer: read_probe(work / "probes", layer, PROBE, loaded.device)
             for layer in loaded.layers_of(index)
         }

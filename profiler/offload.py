@@ -3,6 +3,8 @@
 What lives here: reading a block's weights just before it is called and dropping them right after, so that a model of
 any depth takes the memory of one block (and of what lies outside the blocks: embeddings, norms, the head). A backward
 pass keeps what it needs alive by itself. Where the weights are stored is the caller's: it gives a function.
+
+On a GPU, a small model stays there whole: reading 18 blocks of 11 MB for every batch took longer than running them.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 Read = Callable[[str], Tensor]
+RESIDENT_SHARE = 1 / 32
+"""A model stays on a GPU whole, in float32, where it takes no larger a share of its memory."""
 
 
 class Offload:
@@ -31,6 +35,8 @@ class Offload:
         self._resident: nn.Module | None = None
         self.held: dict[str, Tensor] = {}
         """Parameters that are on the device already, as they are stored."""
+        self._cache: dict[str, Tensor] | None = {} if _fits(model, device) else None
+        """Parameters of blocks in float32, as they are read now; None where they are dropped after use."""
         inside = tuple(f"{name}." for name in block_names)
         stored = model.state_dict().keys() - model.all_tied_weights_keys.keys()
         parameters = {name for name, _ in model.named_parameters()}
@@ -52,10 +58,11 @@ class Offload:
     def reading(self, read: Read) -> Iterator[None]:
         """While open, blocks are read from elsewhere."""
         before, self._read = self._read, read
+        cache, self._cache = self._cache, None if self._cache is None else {}
         try:
             yield
         finally:
-            self._read = before
+            self._read, self._cache = before, cache
 
     def brought(self, block_name: str) -> dict[str, Tensor]:
         """The parameters of a block, on the device as they are stored."""
@@ -63,8 +70,13 @@ class Offload:
         return {name: self._read(name).to(self._device) for name in names}
 
     def _value(self, name: str) -> Tensor:
+        if self._cache is not None and name in self._cache:
+            return self._cache[name]
         value = self.held[name] if name in self.held else self._read(name).to(self._device)
-        return value.float() if value.is_floating_point() else value
+        value = value.float() if value.is_floating_point() else value
+        if self._cache is not None:
+            self._cache[name] = value
+        return value
 
     def _fetching(self, block_name: str) -> Callable[..., None]:
         def fetch(block: nn.Module, arguments: Any) -> None:
@@ -79,6 +91,14 @@ class Offload:
     def _dropping(self, block: nn.Module, arguments: Any, output: Any) -> None:
         _drop(block)
         self._resident = None
+
+
+def _fits(model: nn.Module, device: torch.device) -> bool:
+    """Whether the whole model is small beside the memory of a GPU."""
+    if device.type != "cuda":
+        return False
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    return size <= RESIDENT_SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
 def _drop(block: nn.Module) -> None:

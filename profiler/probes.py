@@ -32,7 +32,8 @@ def keeper(folder: Path, writer: Writer) -> Callable[[Layer, Decomposition], Non
     """A callback that has the probes' decompositions stored, packed, under `folder`."""
 
     def store(layer: Layer, decomposition: Decomposition) -> None:
-        write_atomically(probe_file(folder, layer, decomposition.option), save(layer_tensors(decomposition)))
+        file = probe_file(folder, layer, decomposition.option)
+        write_atomically(file, save(layer_tensors(decomposition)), durable=False)
 
     def keep(layer: Layer, decomposition: Decomposition) -> None:
         if decomposition.option in PROBES:
@@ -53,7 +54,7 @@ def measure_probes(
     reference = stored_logits(loaded, tokens_NT, folder / "reference.f32")
     probes, kl_of = [], {}
     for index, (option, predicted_kl) in enumerate(sorted(predicted.items())):
-        with loaded.replacing(lambda layer, option=option: read_probe(folder, layer, option)):
+        with loaded.replacing(lambda layer, option=option: read_probe(folder, layer, option, loaded.device)):
             batch = loaded.windows_per_batch
             kl_of[option] = kl_N = compare(loaded.model, reference, tokens_NT, batch=batch)[:, 0]
         spread = kl_N.std().item() / len(kl_N) ** 0.5 if len(kl_N) > 1 else float("nan")
@@ -63,7 +64,8 @@ def measure_probes(
     return probes, kl_of
 
 
-def read_probe(folder: Path, layer: Layer, option: Option) -> Tensor:
+def read_probe(folder: Path, layer: Layer, option: Option, device: torch.device) -> Tensor:
+    """W (O, I) of a layer as a probe stores it, unpacked on the device."""
     compressed = CompressedLinear(layer.rows, layer.columns, option, bias=False)
     compressed.load_state_dict(load_file(probe_file(folder, layer, option)))
-    return compressed.dense_weight()
+    return compressed.to(device).dense_weight()

@@ -33,6 +33,7 @@ from allocator.plan import PlanModel
 from allocator.storage import Option
 from compressor.decompose import ROUNDS
 from compressor.descent import PASSES
+from compressor.streams import side_by_side
 from compressor.warming import warm_up
 from profiler.ahead import Ahead
 from profiler.calibration import (
@@ -84,7 +85,6 @@ from profiler.self_check import (
     measure_classes,
     raw_costs,
 )
-from profiler.streams import side_by_side
 from profiler.sweep import LayerSweep, RowPrice, default_ranks, sweep_layer
 from profiler.tables import write_tables
 from profiler.workspace import is_finished, prepare

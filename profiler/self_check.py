@@ -69,7 +69,7 @@ def measure_classes(
         def weight(layer: Layer, name: str = name) -> Tensor:
             if class_of(layer) != name:
                 return loaded.weight(layer)
-            return read_probe(folder, layer, PART_OPTION)
+            return read_probe(folder, layer, PART_OPTION, loaded.device)
 
         with loaded.replacing(weight):
             kl_N = compare(loaded.model, reference, tokens_NT, batch=loaded.windows_per_batch)[:, 0]

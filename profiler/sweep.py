@@ -18,6 +18,7 @@ from compressor.curvature import Curvature
 from compressor.decompose import MAXIMUM_ELEMENTS, decompose
 from compressor.decomposition import Decomposition, by_column
 from compressor.precision import Operand, largest_of
+from compressor.streams import at_once
 from profiler.closed_form import (
     ClosedForm,
     Corrected,
@@ -30,7 +31,6 @@ from profiler.heads import separable_heads
 from profiler.layers import Layer, LoadedModel
 from profiler.measurement import GridSettings, Measurement
 from profiler.moments import InputMoment
-from profiler.streams import at_once
 
 WEIGHTS_PER_ELEMENT = 32
 """A weight of the model takes 4 bytes in float32, one being decomposed some 40 on a CPU."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,8 @@ from allocator.storage import KEEP_BITS, Option
 from compressor.curvature import Curvature
 from compressor.decompose import decompose
 from compressor.linear import CompressedLinear, layer_tensors
-from compressor.worker import BlockWork
+from compressor.streams import side_by_side
+from compressor.worker import BlockWork, LayerWork
 from profiler.calibration import Progress
 from profiler.evaluation import BATCH, compare, stored_logits
 from profiler.layers import Layer, LoadedModel
@@ -60,7 +62,7 @@ def measure_trials(
     """
     wanted = {layer.name: sorted({trial[layer.name] for trial in trials}) for layer in loaded.layers}
     for block in block_works(loaded, *calibration, folder):
-        _carry_out(block, wanted, folder)
+        _carry_out(loaded.device, block, wanted, folder)
         progress("compressing trials", block.index + 1, len(loaded.block_names))
     reference = stored_logits(loaded, tokens_NT, folder / "reference.f32")
     batch = BATCH_ON_CUDA if loaded.device.type == "cuda" else BATCH
@@ -79,18 +81,26 @@ def measure_trials(
     return torch.stack(rows)
 
 
-def _carry_out(block: BlockWork, wanted: Mapping[str, list[Option]], folder: Path) -> None:
-    for work in block.layers():
-        options = [
-            option
-            for option in wanted[work.name]
-            if option.bits != KEEP_BITS and not _file(folder, work.name, option).exists()
-        ]
-        if not options:
-            continue
-        curvature = Curvature.of(work.hessian_II)
-        for p, found in decompose([work.weight_OI] * len(options), curvature, options):
-            write_atomically(_file(folder, work.name, options[p]), save(layer_tensors(found)))
+def _carry_out(
+    device: torch.device, block: BlockWork, wanted: Mapping[str, list[Option]], folder: Path
+) -> None:
+    tasks = [partial(_carry_out_layer, work, wanted[work.name], folder) for work in block.layers()]
+    for _ in side_by_side(device, tasks):
+        pass
+
+
+def _carry_out_layer(work: LayerWork, wanted: Sequence[Option], folder: Path) -> None:
+    options = [
+        option
+        for option in wanted
+        if option.bits != KEEP_BITS and not _file(folder, work.name, option).exists()
+    ]
+    if not options:
+        return
+    curvature = Curvature.of(work.hessian_II)
+    for p, found in decompose([work.weight_OI] * len(options), curvature, options):
+        tensors = {name: tensor.cpu() for name, tensor in layer_tensors(found).items()}
+        write_atomically(_file(folder, work.name, options[p]), save(tensors), durable=False)
 
 
 def trial_weight(loaded: LoadedModel, layer: Layer, option: Option, folder: Path) -> Tensor:
@@ -98,7 +108,7 @@ def trial_weight(loaded: LoadedModel, layer: Layer, option: Option, folder: Path
         return loaded.weight(layer)
     compressed = CompressedLinear(layer.rows, layer.columns, option, bias=False)
     compressed.load_state_dict(load_file(_file(folder, layer.name, option)))
-    return compressed.dense_weight()
+    return compressed.to(loaded.device).dense_weight()
 
 
 def _file(folder: Path, name: str, option: Option) -> Path:

@@ -278,6 +278,7 @@ function planSummary(plan) {
     lower_bound: plan.lower_bound,
     gap: plan.predicted_kl > 0 ? plan.gap / plan.predicted_kl : 0,
     shadow_price_nats_per_mib: plan.shadow_price,
+    warnings: plan.warnings ?? [],
     layers: page.profile.layers.map(({ name, block, projection }) => {
       const { bytes, ...chosen } = plan.layers[name];
       return { name, block, projection, total_bytes: bytes, ...chosen };

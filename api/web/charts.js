@@ -81,8 +81,8 @@ window.bitrank = (() => {
 
   /**
    * The figure around every chart. `view(data, index)` says what to show for one choice of the picker: {label, draw,
-   * legend, notes, table}, where draw(width) returns an <svg>. It is drawn again whenever the data, the choice or the
-   * width changes; a table that is out of sight is left until it is opened.
+   * legend, notes, warnings, table}, where draw(width) returns an <svg> and warnings may be left out. It is drawn
+   * again whenever the data, the choice or the width changes; a table that is out of sight is left until it is opened.
    */
   function figure(view, data, { caption = "", width = 960, picker = null }) {
     const [key, plot, note] = [element("div"), element("div", { class: "plot" }), element("p", { class: "note" })];
@@ -102,7 +102,8 @@ window.bitrank = (() => {
     function show() {
       shown = view(data, chosen);
       key.replaceChildren(legend(shown.legend));
-      note.replaceChildren(...shown.notes.map((line) => element("span", {}, line)));
+      const warnings = (shown.warnings ?? []).map((line) => element("span", { class: "warning" }, line));
+      note.replaceChildren(...warnings, ...shown.notes.map((line) => element("span", {}, line)));
       if (numbers.open || values.childElementCount === 0) fill();
       redraw();
     }
@@ -381,6 +382,7 @@ window.bitrank = (() => {
           `Predicted KL ${nats(plan.predicted_kl)}; proven lower bound ${number(plan.lower_bound)}, gap ${percent(plan.gap)}. ` +
             `One more MiB would save ${nats(plan.shadow_price_nats_per_mib)}.`,
         ],
+        warnings: plan.warnings,
         table: () => table({ layer: (d) => d.name }, { ...grid, bytes, error: value("error"), cost: value("cost") }, plan.layers),
       };
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from profiler.calibration import sample_tokens
-from profiler.evaluation import Fidelity, live_logits, measure, stored_logits, tokens_per_second
-from profiler.layers import LoadedModel
+from profiler.checkpoint import ModelRef, find_model
+from profiler.evaluation import Fidelity, Reference, live_logits, measure, stored_logits, tokens_per_second
+from profiler.layers import LoadedModel, load_model, open_model
+
+Load = Callable[[ModelRef], LoadedModel]
 
 TOKENS_NT = torch.randint(128, (6, 20), generator=torch.Generator().manual_seed(1))
 
@@ -29,6 +33,18 @@ def damaged(tiny_llama: LoadedModel) -> nn.Module:
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     return model(TOKENS_NT).logits[:, :-1].double()
+
+
+@torch.inference_mode()
+def window_logits(reference: Reference) -> Tensor:
+    """(N, T − 1, V), window by window."""
+    return torch.stack(
+        [
+            torch.cat(list(pieces))
+            for first in range(len(TOKENS_NT))
+            for pieces in reference.logits(first, TOKENS_NT[first : first + 1])
+        ]
+    )
 
 
 def test_a_model_is_no_distance_from_itself(tiny_llama: LoadedModel) -> None:
@@ -60,13 +76,30 @@ def test_measures_are_those_computed_directly(tiny_llama: LoadedModel, damaged: 
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4), name
 
 
-def test_stored_logits_measure_as_live_ones_do_even_after_the_model_changed(
+@pytest.mark.parametrize("load", [load_model, open_model])
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neo", "llama", "mixtral", "opt"])
+def test_stored_logits_are_those_of_the_model_as_it_was(
+    model_directory: Callable[[str], Path], tmp_path: Path, architecture: str, load: Load
+) -> None:
+    """To the bit, after its layers were overwritten and its tables exchanged; those stay as they now are."""
+    loaded = load(find_model(str(model_directory(architecture))))
+    before = window_logits(live_logits(loaded))
+    stored = stored_logits(loaded, TOKENS_NT, tmp_path / "hidden.f32")
+    if loaded.offload is None:
+        for layer in loaded.layers:
+            loaded.model.get_submodule(layer.name).weight.data.zero_()
+    tables = loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings()
+    for table in tables:
+        table.weight = nn.Parameter(torch.full_like(table.weight, 0.1), requires_grad=False)
+    assert torch.equal(window_logits(stored), before)
+    assert all((table.weight == 0.1).all() for table in tables)
+
+
+def test_stored_logits_measure_as_live_ones_do(
     tiny_llama: LoadedModel, damaged: nn.Module, tmp_path: Path
 ) -> None:
     live = measure(damaged, live_logits(tiny_llama), TOKENS_NT)
-    stored = stored_logits(tiny_llama, TOKENS_NT, tmp_path / "logits.f32")
-    for parameter in tiny_llama.model.parameters():
-        parameter.data.zero_()
+    stored = stored_logits(tiny_llama, TOKENS_NT, tmp_path / "hidden.f32")
     assert measure(damaged, stored, TOKENS_NT) == live
 
 

@@ -48,7 +48,7 @@ def test_a_trial_measures_what_the_written_checkpoint_measures(
         :, :, 0
     ]
     written = load_model(find_model(str(tmp_path / "checkpoint"))).model
-    original = load_model(find_model(profile.document.model.id)).model
+    original = load_model(find_model(profile.document.model.id))
     expected = measure(written, live_logits(original), tokens_NT).kl_nats
     assert kl_PN.mean().item() == pytest.approx(expected, rel=1e-3)
 

@@ -19,7 +19,7 @@ from allocator.storage import Option
 from api import cli
 from api.curves import curve_rows, layer_curves
 from api.usecases import compress_plan, curve_points, evaluate_model, plan_budget
-from compressor.curvature import Curvature, squared_error
+from compressor.curvature import Curvature, row_errors
 from compressor.decompose import decompose
 from profiler.calibration import silent
 from profiler.checkpoint import find_model, tensor_bytes
@@ -82,10 +82,14 @@ def test_their_errors_are_those_of_the_definition(profile: Profile, tmp_path: Pa
         if work.name == "model.layers.1.self_attn.k_proj"
     )
     w_OI, h_II = work.weight_OI, work.hessian_II
+    (layer,) = (layer for layer in loaded.layers if layer.name == work.name)
+    weights = profile.token_weights()
+    assert weights is not None
+    share_O = weights.row_shares(layer, w_OI.device)
     for measured in (m for m in profile.measurements[work.name] if m.option.heads > 1):
         ((_, found),) = decompose([w_OI], Curvature.of(h_II), [measured.option])
-        error = squared_error(w_OI, found.dense(), h_II) / squared_error(w_OI, w_OI * 0, h_II)
-        assert measured.error == pytest.approx(error, rel=1e-3)
+        error, signal = (share_O @ row_errors(w_OI, other, h_II) for other in (found.dense(), w_OI * 0))
+        assert measured.error == pytest.approx((error / signal).item(), rel=1e-3)
 
 
 def test_all_else_is_as_in_a_profile_without_them(

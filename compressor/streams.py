@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-AT_ONCE = 2
+AT_ONCE = int(__import__("os").environ.get("AT_ONCE", "2"))  # FIXME experiment
 Found = TypeVar("Found")
 
 

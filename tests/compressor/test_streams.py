@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from profiler.streams import at_once, side_by_side
+from compressor.streams import at_once, side_by_side
 
 CPU = torch.device("cpu")
 on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
