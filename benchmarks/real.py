@@ -1,8 +1,8 @@
 """The road on a model that people know: plans, uniform and peers at the same bytes, on three held-out texts.
 
 `python -m benchmarks.real MODEL --data DIR [--device cuda] [--calibration human sampled] [--out FILE.json]` profiles
-MODEL with every default, once under DIR/calibration.txt and once under text sampled from the model, plans three budgets, and
-carries these and uniform plans out in one pass over the blocks, and measures KL on held-out books, held-out
+MODEL with every default, once under DIR/calibration.txt and once under text sampled from the model. It plans three
+budgets, carries these and uniform plans out in one pass over the blocks, and measures KL on held-out books, held-out
 documents and WikiText-2. Bytes are those of the decoder's matrices. Peers and October's uniform plans do not change, so
 they were measured once: `results/*.json` holds them, with commands and digests of their calibration tokens.
 

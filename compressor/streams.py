@@ -1,4 +1,4 @@
-"""Work on a card from two threads, so that it does not rest while one of them asks what it has found.
+"""Work on a GPU from two threads, so that it does not rest while one of them asks what it has found.
 
 What lives here: the threads and their streams. What they work on must not depend on each other, nor change what all
 threads share (`precision.tensor_cores`).
@@ -14,7 +14,10 @@ from typing import TypeVar
 
 import torch
 
-AT_ONCE = int(__import__("os").environ.get("AT_ONCE", "2"))  # FIXME experiment
+AT_ONCE = 2
+SMALL_MATRIX = 4_000_000
+"""Weights up to which kernels are so short that one thread cannot launch them as fast as they run: a second thread,
+which waits for the first at every launch, makes that slower still."""
 Found = TypeVar("Found")
 
 
@@ -23,12 +26,13 @@ def at_once(device: torch.device) -> int:
     return AT_ONCE if device.type == "cuda" else 1
 
 
-def side_by_side(device: torch.device, tasks: Sequence[Callable[[], Found]]) -> Iterator[Found]:
-    """What tasks find, as it is found; on a CPU, whose products use all cores anyway, one after the other.
+def side_by_side(device: torch.device, tasks: Sequence[Callable[[], Found]], weights: int) -> Iterator[Found]:
+    """What tasks find, as it is found; one after the other on a CPU, whose products use all cores anyway, and where
+    the largest matrix, of so many weights, is small.
 
-    Each sees what the card was asked for until now. Raises what a task raises, when those that have begun are done.
+    Each sees what the GPU was asked for until now. Raises what a task raises, when those that have begun are done.
     """
-    if at_once(device) == 1:
+    if at_once(device) == 1 or weights <= SMALL_MATRIX:
         yield from (task() for task in tasks)
         return
     streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()

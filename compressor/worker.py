@@ -149,7 +149,8 @@ def compress_block(plan: Plan, layers: list[LayerWork]) -> dict[str, Tensor]:
     """Every stored tensor of one block's layers, by full name."""
     tensors: dict[str, Tensor] = {}
     tasks = [partial(_compress_layer, plan.layers[work.name], work) for work in layers]
-    for name, stored in side_by_side(layers[0].weight_OI.device, tasks):
+    largest = max(work.weight_OI.numel() for work in layers)
+    for name, stored in side_by_side(layers[0].weight_OI.device, tasks, largest):
         _check_bytes(name, plan.layers[name], stored)
         tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
     return dict(sorted(tensors.items()))

@@ -25,7 +25,7 @@ from profiler.layers import LoadedModel, check_finite
 LINES_TOKENIZED = 1000
 OPENINGS = Path(__file__).with_name("openings.json")
 """Beginnings of texts by kind, written for this project."""
-OPENED_SHARE = 1.0
+OPENED_SHARE = 0.75
 """Of sampled windows; what each share costs is in docs/predictions.md."""
 MOST_AT_ONCE = 128
 STEPS_REPORTED = 32

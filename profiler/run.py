@@ -128,9 +128,14 @@ def build_profile(ref: ModelRef, output: Path, settings: ProfileSettings, progre
     run = open_run(ref, output, settings)
     if is_finished(output, run.request):
         return with_tables_measured(load_profile(output), run.loaded, progress)
-    with alone(output):
+    from profiler import sweepers  # which opens runs, as workers do
+
+    with alone(output), sweepers.started(run, sweepers.processes_for(run)) as processes:
         begin_profile(run, progress)
-        sweep_blocks(run, range(run.block_count), progress)
+        if processes:
+            sweepers.sweep_beside(run, processes, progress)
+        else:
+            sweep_blocks(run, range(run.block_count), progress)
         return finish_profile(run, progress)
 
 
@@ -285,7 +290,8 @@ def _sweep_block(run: ProfileRun, index: int, writer: Writer, progress: Progress
     moments = input_moments(run.loaded, index, run.calls, run.inputs[index], run.token_weights)
     left = [moment for moment in moments if not run.is_swept([moment.layer])]
     tasks = [partial(_sweep_layer, run, moment, run.price(moment.layer), writer) for moment in left]
-    for name in side_by_side(run.loaded.device, tasks):
+    largest = max((moment.layer.weights for moment in left), default=0)
+    for name in side_by_side(run.loaded.device, tasks, largest):
         yield name
         run.report_sweep(progress)
 

@@ -6,8 +6,8 @@ measured beside uniform, and the gain that these plans give. Probes of the whole
 1. Every class of matrix (all k_proj, …) and every block alone at 3 bits: what it costs against what its layers' prices
    sum to. A layer's price is corrected by a factor of its class times a factor of its block, fitted so that classes
    and blocks sum to what was measured (iterative proportional fitting, Deming and Stephan, 1940).
-2. The optimum under the corrected prices at about 2.75 bits a weight and at the sizes of uniform 3 and 4 bits is compressed and measured, beside
-   uniform, which the probes measured, at the same bytes.
+2. The optimum under the corrected prices, at about 2.75 bits a weight and at the sizes of uniform 3 and 4 bits, is
+   compressed and measured, beside uniform, which the probes measured, at the same bytes.
 3. The gain is that of these plans; its interval is what they scatter.
 """
 

@@ -84,8 +84,9 @@ def measure_trials(
 def _carry_out(
     device: torch.device, block: BlockWork, wanted: Mapping[str, list[Option]], folder: Path
 ) -> None:
-    tasks = [partial(_carry_out_layer, work, wanted[work.name], folder) for work in block.layers()]
-    for _ in side_by_side(device, tasks):
+    works = block.layers()
+    tasks = [partial(_carry_out_layer, work, wanted[work.name], folder) for work in works]
+    for _ in side_by_side(device, tasks, max(work.weight_OI.numel() for work in works)):
         pass
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from profiler.checkpoint import DEMO_PATH
+from profiler.profile import load_profile
 
 GRID = ("--bits", "2,3,4", "--ranks", "0,4", "--group-sizes", "32,64", "--tokens", "1024")
 
@@ -28,6 +29,11 @@ class Road:
     @property
     def profile(self) -> Path:
         return self.folder / "profile"
+
+    @property
+    def remarks(self) -> str:
+        """What every command that plans from the profile says of it on stderr."""
+        return "".join(f"bitrank: {sentence}\n" for sentence in load_profile(self.profile).warnings)
 
     @property
     def plan(self) -> Path:

@@ -511,6 +511,21 @@ def test_hostile_text_stays_text_in_the_browser(hostile: Report, tmp_path: Path)
 
 
 @needs_browser
+def test_what_a_profile_warns_of_stands_below_its_plan(small: dict[str, Any], tmp_path: Path) -> None:
+    warned = {**small["plans"][0], "warnings": [HOSTILE]}
+    write_report(tmp_path / "report.html", Report.model_validate({**small, "plans": [warned]}))
+    page, console = browse(tmp_path / "report.html", tmp_path / "profile")
+    assert console == []
+    section = page[page.index('<section id="plan"') : page.index('<section id="evaluations"')]
+    assert f'<span class="warning">{html.escape(HOSTILE, quote=False)}</span>' in section
+    assert "img" not in PageReader(page).tags
+
+
+def test_a_plan_without_warnings_is_written_as_before(report: Report) -> None:
+    assert all("warnings" not in plan for plan in report.model_dump()["plans"])
+
+
+@needs_browser
 def test_the_smallest_report_is_drawn_without_an_error(small: dict[str, Any], tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", Report.model_validate(small))
     page, console = browse(tmp_path / "report.html", tmp_path / "profile")

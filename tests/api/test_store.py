@@ -9,15 +9,21 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from road import Road
 from service_process import ServiceProcess
 
+from allocator.plan import load_plan
 from api.database import open_database
 from api.jobs import Jobs
+from api.profile_store import ProfileStore
 from api.settings import Settings, SettingsError
 from api.store import Store, open_store
+from api.usecases import execute
 from benchmarks.cluster import Cluster, binary
 from benchmarks.fleet import Fleet
 from benchmarks.installation import GRID, finished, read_profile, undisturbed, write_small_model
+from profiler.calibration import silent
+from profiler.profile import TOKEN_WEIGHTS
 
 pytestmark = pytest.mark.alone
 
@@ -178,6 +184,8 @@ def test_machines_without_a_shared_disk_share_one_model(database_url: str, tmp_p
 
         expected = undisturbed(tmp_path / "models" / "small", 0, tmp_path / "undisturbed")
         assert read_profile(second, record.result) == expected
+        made = second.profiles_dir / record.result["profile_id"] / TOKEN_WEIGHTS
+        assert made.read_bytes() == (tmp_path / "undisturbed" / TOKEN_WEIGHTS).read_bytes()
         left = {path.name for path in (tmp_path / "store" / "runs").glob("*/*")}
         assert left == {"profile", "profile.json"}
         assert read_profile_over_http(third, record.result["profile_id"]) == 3 * 7
@@ -198,6 +206,28 @@ def test_machines_without_a_shared_disk_share_one_model(database_url: str, tmp_p
         rest.end()
         jobs.close()
         database.close()
+
+
+def test_a_profile_from_the_store_is_compressed_to_the_same_bytes(road: Road, tmp_path: Path) -> None:
+    """Every file of a profile is carried along, the weights of its tokens too."""
+    here, there = (
+        Settings(
+            data_dir=tmp_path / machine,
+            database_url=f"sqlite:///{tmp_path}/shared.db",
+            store=f"file://{tmp_path}/store",
+        )
+        for machine in ("here", "there")
+    )
+    database = open_database(here)
+    profile_id = ProfileStore(here, database).register(road.profile, "model")
+    here.data_dir.rename(tmp_path / "lost")
+    brought = ProfileStore(there, database).load(profile_id)
+    database.close()
+    kept = {name: data for name, data in contents(road.profile).items() if not name.startswith(".")}
+    assert TOKEN_WEIGHTS in kept
+    assert contents(brought.path) == kept
+    execute(load_plan(road.plan), brought, tmp_path / "checkpoint", silent)
+    assert contents(tmp_path / "checkpoint") == contents(road.checkpoint)
 
 
 def read_profile_over_http(settings: Settings, profile_id: str) -> int:

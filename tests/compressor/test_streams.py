@@ -7,9 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from compressor.streams import at_once, side_by_side
+from compressor.streams import SMALL_MATRIX, at_once, side_by_side
 
 CPU = torch.device("cpu")
+LARGE = SMALL_MATRIX + 1
 on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -24,7 +25,7 @@ def test_on_a_cpu_one_after_the_other_each_begun_when_it_is_asked_for() -> None:
         begun.append(number)
         return number
 
-    found = side_by_side(CPU, [partial(task, number) for number in range(3)])
+    found = side_by_side(CPU, [partial(task, number) for number in range(3)], LARGE)
     assert at_once(CPU) == 1
     assert next(found) == 0 and begun == [0]
     assert list(found) == [1, 2]
@@ -32,7 +33,7 @@ def test_on_a_cpu_one_after_the_other_each_begun_when_it_is_asked_for() -> None:
 
 def test_what_a_task_raises_is_raised() -> None:
     with pytest.raises(OSError, match="disk full"):
-        list(side_by_side(CPU, [lambda: 1, failing]))
+        list(side_by_side(CPU, [lambda: 1, failing], LARGE))
 
 
 @on_card
@@ -48,11 +49,11 @@ def test_on_cuda_every_task_sees_what_was_asked_before_and_is_done_when_it_comes
     def task(k: int) -> tuple[int, torch.Tensor]:
         return k, (a * k).sum()
 
-    found = dict(side_by_side(device, [partial(task, k) for k in range(6)]))
+    found = dict(side_by_side(device, [partial(task, k) for k in range(6)], LARGE))
     assert [found[k].item() for k in range(6)] == pytest.approx(expected)
 
 
 @on_card
 def test_on_cuda_what_a_task_raises_is_raised() -> None:
     with pytest.raises(OSError, match="disk full"):
-        list(side_by_side(torch.device("cuda", 0), [failing, lambda: 1, lambda: 2]))
+        list(side_by_side(torch.device("cuda", 0), [failing, lambda: 1, lambda: 2], LARGE))

@@ -196,6 +196,28 @@ def test_windows_held_back_for_probes_are_not_calibrated_on(profiled: Path) -> N
     assert (record.windows + record.probe_windows) * record.window_tokens == SMALL.tokens
 
 
+def test_a_profile_keeps_what_every_token_weighs_for_every_layer(profiled: Path) -> None:
+    profile = load_profile(profiled)
+    tokens_NT, weights = profile.calibration()
+    assert torch.equal(tokens_NT, profile.calibration_tokens())
+    assert weights is not None
+    assert weights.tokens == tokens_NT.numel()
+    assert set(weights.by_layer) == set(profile.document.layers)
+
+
+def test_a_profile_of_an_earlier_version_weighs_tokens_evenly_and_says_so(
+    profiled: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(profiled, tmp_path / "profile")
+    (tmp_path / "profile" / "token_weights.safetensors").unlink()
+    profile = load_profile(tmp_path / "profile")
+    assert profile.calibration()[1] is None
+    assert any("made by an earlier version" in warning for warning in profile.warnings)
+    folder = carried_out(tmp_path / "profile", tmp_path / "out")
+    plan = plan_budget(profile, "3.3bpw")
+    assert tensor_bytes(folder / "checkpoint") == plan.total_bytes
+
+
 def test_a_damaged_measurement_table_is_noticed(profiled: Path, tmp_path: Path) -> None:
     shutil.copytree(profiled, tmp_path / "profile")
     table = tmp_path / "profile" / "measurements.parquet"
