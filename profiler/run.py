@@ -128,14 +128,9 @@ def build_profile(ref: ModelRef, output: Path, settings: ProfileSettings, progre
     run = open_run(ref, output, settings)
     if is_finished(output, run.request):
         return with_tables_measured(load_profile(output), run.loaded, progress)
-    from profiler import sweepers  # which opens runs, as workers do
-
-    with alone(output), sweepers.started(run, sweepers.processes_for(run)) as processes:
+    with alone(output):
         begin_profile(run, progress)
-        if processes:
-            sweepers.sweep_beside(run, processes, progress)
-        else:
-            sweep_blocks(run, range(run.block_count), progress)
+        sweep_blocks(run, range(run.block_count), progress)
         return finish_profile(run, progress)
 
 

@@ -19,6 +19,7 @@ from profiler.probes import keeper, measure_probes, read_probe
 from profiler.profile import Profile
 from profiler.writer import Writer
 
+CPU = torch.device("cpu")
 STUDENT_95_1 = 6.313751514675043
 STUDENT_95_2 = 2.919985580355516
 
@@ -68,7 +69,7 @@ def test_a_kept_probe_is_read_back_as_it_was(tiny_llama: LoadedModel, tmp_path: 
         for decomposition in found.values():
             keeper(tmp_path, writer)(layer, decomposition)
     assert len(list(tmp_path.iterdir())) == 1, "only the probes' own options are kept"
-    assert torch.equal(read_probe(tmp_path, layer, options[0]), found[0].dense())
+    assert torch.equal(read_probe(tmp_path, layer, options[0], CPU), found[0].dense())
 
 
 def test_exact_weights_measure_no_divergence(model_directory: Callable[[str], Path], tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_exact_weights_measure_no_divergence(model_directory: Callable[[str], Pa
             curvature = Curvature.of(torch.eye(layer.columns))
             ((_, found),) = decompose([loaded.weight(layer)], curvature, [option])
             keeper(tmp_path, writer)(layer, found)
-    with loaded.replacing(lambda layer: read_probe(tmp_path, layer, option)):
+    with loaded.replacing(lambda layer: read_probe(tmp_path, layer, option, CPU)):
         (same,), kl_of_same = measure_probes(loaded, tokens_NT, {option: 0.1}, tmp_path, lambda *_: None)
     (other,), kl_of_other = measure_probes(loaded, tokens_NT, {option: 0.1}, tmp_path, lambda *_: None)
     assert same.measured_kl == pytest.approx(0, abs=1e-6)

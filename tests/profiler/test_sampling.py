@@ -12,7 +12,7 @@ import pytest
 import torch
 from started import CONTEXT, IDS, VOCABULARY, small_llama, started_llama
 
-from profiler.calibration import OPENINGS, drawn_openings, sample_tokens
+from profiler.calibration import OPENED_SHARE, OPENINGS, drawn_openings, sample_tokens
 from profiler.checkpoint import ModelRef, find_model
 from profiler.layers import LoadedModel, load_model
 
@@ -110,9 +110,9 @@ def kinds_begun(loaded: LoadedModel, tokens_NT: torch.Tensor) -> list[str | None
     ]
 
 
-def test_every_window_begins_with_the_start_and_an_opening(loaded: LoadedModel, start: str) -> None:
+def test_a_window_begins_with_the_start_and_an_opening(loaded: LoadedModel, start: str) -> None:
     """Of every kind as many; the rest of the window, half of it at least, is the model's own."""
-    tokens_NT = sample_tokens(loaded, WINDOWS * loaded.window, 1)
+    tokens_NT = sample_tokens(loaded, WINDOWS * loaded.window, 1, opened_share=1.0)
     assert tokens_NT.shape == (WINDOWS, CONTEXT)
     assert tokens_NT[:, : len(IDS[start])].tolist() == [list(IDS[start])] * WINDOWS
     assert Counter(kinds_begun(loaded, tokens_NT)) == dict.fromkeys(KINDS, 2)
@@ -123,6 +123,9 @@ def test_a_share_of_windows_can_be_the_model_s_own_from_the_start(loaded: Loaded
     for share, expected in ((0.0, 0), (0.5, WINDOWS // 2), (1.0, WINDOWS)):
         tokens_NT = sample_tokens(loaded, WINDOWS * loaded.window, 1, opened_share=share)
         assert sum(kind is not None for kind in kinds_begun(loaded, tokens_NT)) == expected
+    usual = kinds_begun(loaded, sample_tokens(loaded, WINDOWS * loaded.window, 1))
+    assert sum(kind is not None for kind in usual) == round(OPENED_SHARE * WINDOWS)
+    assert set(usual) - {None} == KINDS
 
 
 def test_openings_come_in_an_order_of_the_seed(loaded: LoadedModel) -> None:
