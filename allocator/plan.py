@@ -104,7 +104,7 @@ class Plan(Frozen):
 
     With a `cache`, the budget holds both and predicted_kl is of both. `tables` says which of the layers are the
     embedding and the output head, where the plan decides on them. `warnings`: what to know of the profile it was made
-    from, one sentence each.
+    from, one sentence each; `checked`: what that profile measured of a plan near this size, in one sentence.
 
     predicted_kl and its 90 % interval are in nats/token; lower_bound and gap certify that no other choice from the
     same options is predicted to lose less than `predicted_kl − gap`; shadow_price is in nats per MiB.
@@ -128,6 +128,7 @@ class Plan(Frozen):
     cache: PlanCache | None = Field(default=None, exclude_if=lambda cache: cache is None)
     tables: dict[str, TableRole] = Field(default={}, exclude_if=lambda tables: not tables)
     warnings: tuple[str, ...] = Field(default=(), exclude_if=not_)
+    checked: str = Field(default="", exclude_if=not_)
 
     @property
     def compressible_bytes(self) -> int:

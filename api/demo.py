@@ -198,6 +198,7 @@ def plan_summary(profile: Profile, label: str, plan: Plan) -> page.PlanSummary:
         gap=plan.gap / plan.predicted_kl if plan.predicted_kl > 0 else 0.0,
         shadow_price_nats_per_mib=plan.shadow_price,
         warnings=plan.warnings,
+        checked=plan.checked,
         layers=[
             page.PlannedLayer(
                 name=name,

@@ -97,6 +97,8 @@ def plan(
     print(f"predicted KL {made.predicted_kl:.4f} nats/token (90 % interval {low:.4f} to {high:.4f})")
     print(f"no plan from these options loses less than {made.lower_bound:.4f} (gap {made.gap:.2g})")
     print(f"one more MiB saves {made.shadow_price:.4g} nats/token")
+    if made.checked:
+        print(made.checked)
     if made.verification is not None:
         print(describe_verification(made.verification))
     if made.cache is not None:

@@ -148,7 +148,9 @@ class PlannedLayer(_Record):
 
 
 class PlanSummary(_Record):
-    """A plan, its certificate and what its profile warns of; KL in nats/token, `gap` relative to `predicted_kl`."""
+    """A plan, its certificate, what its profile warns of and what it measured near this size; KL in nats/token.
+
+    `gap` is relative to `predicted_kl`."""
 
     label: str
     budget_text: str
@@ -159,6 +161,7 @@ class PlanSummary(_Record):
     gap: float
     shadow_price_nats_per_mib: float
     warnings: Sequence[str] = Field(default=(), exclude_if=not_)
+    checked: str = Field(default="", exclude_if=not_)
     layers: Sequence[PlannedLayer] = Field(min_length=1)
 
 

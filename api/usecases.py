@@ -140,8 +140,9 @@ def plan_budget(
 
 
 def with_warnings(plan: Plan, profile: Profile) -> Plan:
-    """The plan with what its profile warns of."""
-    return plan.model_copy(update={"warnings": profile.warnings})
+    """The plan with what its profile warns of, and what it measured of a plan near this size."""
+    checked = profile.described_check(plan.total_bytes)
+    return plan.model_copy(update={"warnings": profile.warnings, "checked": checked})
 
 
 def planner_for(profile: Profile, target: str | None) -> Planner:

@@ -14,6 +14,7 @@ grid is searched.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -43,12 +44,28 @@ def inverse_factor(hessian_II: Tensor, damping: float = DAMPING) -> Tensor:
     """Upper U with UᵀU = (H + damping·mean(diag H)·I)⁻¹, float32; columns that no token excites count as average.
 
     With J the reversal of columns and J H J = LLᵀ, V = J L J is upper and H = VVᵀ, so U = V⁻¹: one factorization in
-    float64 and one triangular inverse. Raises `SingularHessianError` when H is not finite or stays indefinite: the
-    damping is relative, so a Hessian of any scale, or of rank one, passes.
+    float64 and one triangular inverse. Where H stays indefinite, the damping is raised tenfold, twice at most, with a
+    warning. Raises `SingularHessianError` when that does not help or H is not finite: the damping is relative, so a
+    Hessian of any scale, or of rank one, passes.
     """
-    lower_II = cholesky(hessian_II.flip(0, 1), damping)
+    lower_II = _damped_cholesky(hessian_II.flip(0, 1), damping)
     one_II = torch.eye(len(lower_II), device=lower_II.device)
     return torch.linalg.solve_triangular(lower_II.flip(0, 1), one_II, upper=True).contiguous()
+
+
+def _damped_cholesky(hessian_II: Tensor, damping: float) -> Tensor:
+    for raised in (damping, 10 * damping):
+        try:
+            return cholesky(hessian_II, raised)
+        except SingularHessianError:
+            if not torch.isfinite(hessian_II).all():
+                raise
+            warnings.warn(
+                f"a Hessian of {len(hessian_II)} columns is not positive definite with damping {raised:g};"
+                f" it is damped by {10 * raised:g} of its mean",
+                stacklevel=3,
+            )
+    return cholesky(hessian_II, 100 * damping)
 
 
 def cholesky(hessian_II: Tensor, damping: float) -> Tensor:

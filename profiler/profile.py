@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -292,6 +293,19 @@ class Profile:
                 f"{len(self.document.unweighted)} matrices, the first {self.document.unweighted[0]}, have no gradient"
                 " of their own, so that their share of the loss is not known"
             )
+
+    def described_check(self, total_bytes: int) -> str:
+        """What the self-check measured of its plan nearest to a size, in one sentence; empty where there is none."""
+        check = self.document.check
+        if check is None or not check.plans:
+            return ""
+        plan = min(check.plans, key=lambda plan: abs(math.log(plan.total_bytes / max(1, total_bytes))))
+        uniform = "" if plan.uniform_kl is None else f", uniform at the same bytes {plan.uniform_kl:.4f}"
+        return (
+            f"when the profile was made, its plan of {plan.bits_per_weight:.2f} bits per weight lost"
+            f" {plan.measured_kl:.4f} ± {plan.standard_error:.4f} nats/token"
+            f" (predicted {plan.predicted_kl * self.document.gain.mean:.4f}){uniform}"
+        )
 
     def calibration(self) -> tuple[Tensor, TokenWeights | None]:
         """The windows the statistics are over, and what their tokens weigh; `None` in a profile that has no weights."""

@@ -279,6 +279,7 @@ function planSummary(plan) {
     gap: plan.predicted_kl > 0 ? plan.gap / plan.predicted_kl : 0,
     shadow_price_nats_per_mib: plan.shadow_price,
     warnings: plan.warnings ?? [],
+    checked: plan.checked ?? "",
     layers: page.profile.layers.map(({ name, block, projection }) => {
       const { bytes, ...chosen } = plan.layers[name];
       return { name, block, projection, total_bytes: bytes, ...chosen };

@@ -381,6 +381,7 @@ window.bitrank = (() => {
           `Budget ${plan.budget_text}: ${mebibytes(plan.total_bytes)}, ${number(plan.bits_per_weight)} bits per weight.`,
           `Predicted KL ${nats(plan.predicted_kl)}; proven lower bound ${number(plan.lower_bound)}, gap ${percent(plan.gap)}. ` +
             `One more MiB would save ${nats(plan.shadow_price_nats_per_mib)}.`,
+          ...(plan.checked ? [`${plan.checked[0].toUpperCase()}${plan.checked.slice(1)}.`] : []),
         ],
         warnings: plan.warnings,
         table: () => table({ layer: (d) => d.name }, { ...grid, bytes, error: value("error"), cost: value("cost") }, plan.layers),

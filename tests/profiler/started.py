@@ -40,6 +40,20 @@ def byte_pairs(start: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=pairs)
 
 
+def foreign(kind: str) -> PreTrainedTokenizerFast:
+    """Starts a text with <bos>, but reads Greek alone: other letters it drops, or refuses where it knows words only."""
+    if kind == "letters":
+        greek = Tokenizer(models.BPE())
+        greek.train_from_iterator(
+            ["μῆνιν ἄειδε θεά"], trainers.BpeTrainer(special_tokens=[BOS], show_progress=False)
+        )
+    else:
+        greek = Tokenizer(models.WordLevel({BOS: 0, "μῆνιν": 1, "ἄειδε": 2, "θεά": 3}))
+        greek.pre_tokenizer = pre_tokenizers.Whitespace()
+    greek.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=greek)
+
+
 def small_llama(folder: Path, bos: int | None = 0) -> ModelRef:
     """A random model of one block, without a tokenizer."""
     config = LlamaConfig(

@@ -406,11 +406,14 @@ def test_a_layer_that_nothing_listens_to_is_weighed_evenly_and_costs_nothing(
     assert all(plan.layers[name].option.bits == smallest.bits for name in deaf)
 
 
+@pytest.mark.parametrize("silenced", ["model.norm", "lm_head"])
 def test_a_model_that_says_the_same_whatever_it_reads_is_profiled_too(
-    model_directory: Callable[[str], Path], tmp_path: Path
+    model_directory: Callable[[str], Path], tmp_path: Path, silenced: str
 ) -> None:
-    """Its head is zero, so that no layer has a gradient and no plan diverges."""
-    loaded = edited(model_directory("llama"), tmp_path, lambda model: model.lm_head.weight.zero_())
+    """Its last norm or its head is zero, so that no layer has a gradient and no plan diverges."""
+    loaded = edited(
+        model_directory("llama"), tmp_path, lambda model: model.get_submodule(silenced).weight.zero_()
+    )
     profile = build_profile(loaded.ref, tmp_path / "profile", SMALL, silent)
     assert {record.sensitivity for record in profile.document.layers.values()} == {0}
     plan = plan_budget(profile, "3.0bpw")

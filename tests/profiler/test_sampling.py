@@ -10,7 +10,8 @@ from random import Random
 
 import pytest
 import torch
-from started import CONTEXT, IDS, VOCABULARY, small_llama, started_llama
+from started import CONTEXT, IDS, VOCABULARY, foreign, small_llama, started_llama
+from tokenizers import processors
 
 from profiler.calibration import OPENED_SHARE, OPENINGS, drawn_openings, sample_tokens
 from profiler.checkpoint import ModelRef, find_model
@@ -173,14 +174,14 @@ def test_progress_counts_windows(loaded: LoadedModel) -> None:
     assert done[-1] == 150
 
 
-def test_a_tokenizer_that_reads_no_opening_leaves_the_whole_text_to_the_model(tmp_path: Path) -> None:
-    """Of digits alone, without a token for the unknown, beside a model without <bos>."""
-    from tokenizers import Tokenizer, models, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    digits = Tokenizer(models.BPE())
-    digits.train_from_iterator(["٠١٢٣٤٥٦٧٨٩"], trainers.BpeTrainer(show_progress=False))
-    PreTrainedTokenizerFast(tokenizer_object=digits).save_pretrained(tmp_path)
-    small_llama(tmp_path, bos=None)
+@pytest.mark.parametrize("kind", ["letters", "words"])
+@pytest.mark.parametrize("bos", [0, None])
+def test_a_tokenizer_that_reads_no_opening_leaves_the_whole_text_to_the_model(
+    tmp_path: Path, kind: str, bos: int | None
+) -> None:
+    tokenizer = foreign(kind)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.save_pretrained(tmp_path)
+    small_llama(tmp_path, bos)
     tokens_NT = sample_tokens(load_model(find_model(str(tmp_path))), 30 * CONTEXT, 1)
     assert ((tokens_NT >= 0) & (tokens_NT < VOCABULARY)).all()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from started import IDS, VOCABULARY, byte_pairs, small_llama, started_llama
+from started import CONTEXT, IDS, VOCABULARY, byte_pairs, foreign, small_llama, started_llama
+from tokenizers import processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
+from api.usecases import plan_budget
 from profiler.calibration import CalibrationError, silent, text_tokens, windows
 from profiler.checkpoint import ModelError, ModelRef, find_model
 from profiler.evaluation import compare, live_logits, measure, stored_logits, window_divergences
+from profiler.gate import verified
 from profiler.layers import LoadedModel, load_model, open_model
 from profiler.profile import Profile
 from profiler.prompts import NEW_TOKENS, prompt_tokens
@@ -69,8 +72,6 @@ def test_a_text_starts_with_what_the_tokenizer_puts_before_it(
 def test_what_the_tokenizer_puts_after_a_text_is_no_part_of_its_start(
     ref: Callable[[str], ModelRef], tmp_path: Path
 ) -> None:
-    from tokenizers import processors
-
     tokenizer = byte_pairs("none")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A <sop>", special_tokens=[("<bos>", 0), ("<sop>", 2)]
@@ -182,8 +183,6 @@ SMALL = ProfileSettings(
 
 
 def profiled(ref: ModelRef, folder: Path, **settings: object) -> Profile:
-    from dataclasses import replace
-
     return build_profile(ref, folder / "profile", replace(SMALL, **settings), silent)
 
 
@@ -266,18 +265,28 @@ def test_an_empty_prompt_is_the_start_alone(ref: Callable[[str], ModelRef]) -> N
     assert tokens_1T.tolist() == [[0]]
 
 
-# Tokenizers that cannot read the sample
+# What a plan's verification counts
 
 
-def test_a_tokenizer_that_knows_no_latin_letter_still_starts_its_texts(tmp_path: Path) -> None:
-    """Of Greek alone, without a token for the unknown: the letters of other scripts are dropped."""
-    from tokenizers import Tokenizer, models, processors, trainers
-
-    greek = Tokenizer(models.BPE())
-    greek.train_from_iterator(
-        ["μῆνιν ἄειδε θεά"], trainers.BpeTrainer(special_tokens=["<bos>"], show_progress=False)
+def test_a_verified_plan_says_how_many_tokens_it_was_measured_on(
+    ref: Callable[[str], ModelRef], start: str, tmp_path: Path
+) -> None:
+    """Those that are scored: of a start of two tokens not the second."""
+    profile = profiled(ref(start), tmp_path)
+    (tmp_path / "work").mkdir()
+    (plan,) = verified(
+        open_model(ref(start)), profile, [plan_budget(profile, "3.1bpw")], tmp_path / "work", silent
     )
-    greek.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
-    PreTrainedTokenizerFast(tokenizer_object=greek).save_pretrained(tmp_path)
+    scored = CONTEXT - {"none": 1, "one": 1, "two": 2}[start]
+    assert plan.verification is not None
+    assert plan.verification.tokens == len(profile.probe_tokens()) * scored
+
+
+# Tokenizers that cannot read every text
+
+
+@pytest.mark.parametrize("kind", ["letters", "words"])
+def test_a_tokenizer_that_knows_no_latin_letter_still_starts_its_texts(tmp_path: Path, kind: str) -> None:
+    foreign(kind).save_pretrained(tmp_path)
     small_llama(tmp_path)
     assert load_model(find_model(str(tmp_path))).text_start == (0,)
