@@ -9,7 +9,8 @@ Let y = W x be a layer's output and g the gradient of −Σ log p(ŷ) by y at on
 distribution. The second-order estimate of the KL divergence per token that a change ΔW causes is ½·E[(g·ΔW x)²]
 (the layer's block of the Fisher information; Martens and Grosse, arXiv 1503.05671). With w_t = mean_O(g²) at token t
 in place of g gᵀ it is ½·E[w_t·‖ΔW x_t‖²] = ½·E[w_t]·tr(ΔW H ΔWᵀ), for any ΔW. Rows differ too: an error of row o
-counts s_o = E[g_o²] / mean_O E[g²] times as much, so that a price is ½·E[w_t]·Σ_O s_O (ΔW H ΔWᵀ)_OO.
+counts s_o = E[g_o²] / mean_O E[g²] times as much, so that a price is ½·E[w_t]·Σ_O s_O (ΔW H ΔWᵀ)_OO. The H of an expert
+has √w_t in place of w_t.
 
 Gradient and input are taken together, token by token, because they are not independent: a few tokens, `<bos>` first
 of all, have activations hundreds of times the others' and almost no gradient (massive activations, Sun et al., arXiv
@@ -37,6 +38,9 @@ from profiler.layers import Layer, LoadedModel, check_finite
 
 TOKENS_DRAWN = 128
 """Positions whose next tokens are drawn at once; drawing holds several copies of their probabilities."""
+EXPERT_POWER = 0.5
+"""An expert sees few tokens, and few of these carry most of the weight, so that H under the weights themselves fits
+these and no others (`docs/predictions.md`)."""
 TOKENS = "tokens"
 """The tensor of a file of weights that says how many tokens they are of."""
 
@@ -171,11 +175,18 @@ class TokenWeights:
         return 0.0 if found is None else float(found.weight_m.double().sum()) / self.tokens
 
     def relative(self, names: Iterable[str]) -> dict[str, TokenWeight]:
-        """Of these layers, each layer's weights over their mean; a layer whose weights are all zero has none."""
+        """Of these layers, each layer's weights over their mean, as its H takes them.
+
+        An expert's are taken to the power `EXPERT_POWER`. A layer whose weights are all zero has none.
+        """
         known = {name: self.by_layer[name] for name in names if name in self.by_layer}
+        tempered = {
+            name: found if found.token_m is None else replace(found, weight_m=found.weight_m**EXPERT_POWER)
+            for name, found in known.items()
+        }
         return {
             name: replace(found, weight_m=found.weight_m / found.weight_m.mean())
-            for name, found in known.items()
+            for name, found in tempered.items()
             if found.weight_m.any()
         }
 
