@@ -100,13 +100,14 @@ class Seen:
     def weight_m(self) -> Tensor:
         return self.g_mO.square().mean(dim=1)
 
-    @property
-    def hessian_II(self) -> Tensor:
-        return (self.x_mI * self.weight_m[:, None]).T @ self.x_mI / self.weight_m.sum()
+    def hessian(self, power: float = 1.0) -> Tensor:
+        """Σ w x xᵀ / Σ w (I, I), of the weights to this power."""
+        weight_m = self.weight_m**power
+        return (self.x_mI * weight_m[:, None]).T @ self.x_mI / weight_m.sum()
 
-    @property
-    def even_II(self) -> Tensor:
-        return self.x_mI.T @ self.x_mI / len(self.x_mI)
+
+def is_expert(name: str) -> bool:
+    return ".experts." in name
 
 
 def seen_directly(loaded: LoadedModel, label_NT: Tensor, first: int = 0) -> dict[str, Seen]:
@@ -147,7 +148,8 @@ def random_change(layer: Layer) -> Tensor:
 def test_statistics_are_those_of_every_token_s_input_and_gradient(
     loaded: LoadedModel, drawn: list[Tensor], tmp_path: Path
 ) -> None:
-    """H = Σ w x xᵀ / Σ w, E[w] and the rows' shares of E[g²], with w = mean_O(g²), of every layer."""
+    """H = Σ w x xᵀ / Σ w, E[w] and the rows' shares of E[g²], with w = mean_O(g²), of every layer; in the H of an
+    expert √w stands for w."""
     weights, moments = weighed(loaded, tmp_path)
     means = gradient_means(loaded, weights)
     direct = seen_directly(loaded, torch.cat(drawn).view(TOKENS_NT.shape))
@@ -156,7 +158,7 @@ def test_statistics_are_those_of_every_token_s_input_and_gradient(
         seen, moment = direct[layer.name], moments[layer.name]
         row_O = seen.g_mO.square().sum(dim=0)
         assert moment.count == len(seen.x_mI)
-        assert near(moment.hessian_II, seen.hessian_II), layer.name
+        assert near(moment.hessian_II, seen.hessian(0.5 if is_expert(layer.name) else 1.0)), layer.name
         assert means[layer.name] == pytest.approx(seen.weight_m.sum().item() / TOKENS_NT.numel(), rel=1e-3)
         assert near(weights.row_shares(layer, CPU), row_O / row_O.mean()), layer.name
 
@@ -164,11 +166,11 @@ def test_statistics_are_those_of_every_token_s_input_and_gradient(
 def test_the_price_of_any_change_is_that_of_gradient_and_input_together(
     loaded: LoadedModel, drawn: list[Tensor], tmp_path: Path
 ) -> None:
-    """½·E[w]·tr(ΔW H ΔWᵀ) = ½·E[mean_O(g²)·‖ΔW x‖²]; the two means apart give another number."""
+    """½·E[w]·tr(ΔW H ΔWᵀ) = ½·E[mean_O(g²)·‖ΔW x‖²], but for experts; the two means apart give another number."""
     weights, moments = weighed(loaded, tmp_path)
     direct = seen_directly(loaded, torch.cat(drawn).view(TOKENS_NT.shape))
     apart = []
-    for layer in loaded.layers:
+    for layer in (layer for layer in loaded.layers if not is_expert(layer.name)):
         seen, delta_OI = direct[layer.name], random_change(layer).double()
         squared_m = (seen.x_mI @ delta_OI.T).square().sum(dim=1)
         expected = 0.5 * (seen.weight_m * squared_m).sum().item() / TOKENS_NT.numel()
@@ -185,7 +187,7 @@ def test_without_weights_every_token_counts_the_same(
     weigh_tokens(loaded, TOKENS_NT, SEED, inputs)
     direct = seen_directly(loaded, torch.cat(drawn).view(TOKENS_NT.shape))
     for name, moment in all_moments(loaded, inputs, None).items():
-        assert near(moment.hessian_II, direct[name].even_II), name
+        assert near(moment.hessian_II, direct[name].hessian(0.0)), name
 
 
 def test_what_predicts_the_start_of_a_text_has_no_gradient(
@@ -196,7 +198,7 @@ def test_what_predicts_the_start_of_a_text_has_no_gradient(
     weights, moments = weighed(started, tmp_path)
     direct = seen_directly(started, torch.cat(drawn).view(TOKENS_NT.shape), first=2)
     for layer in started.layers:
-        assert near(moments[layer.name].hessian_II, direct[layer.name].hessian_II), layer.name
+        assert near(moments[layer.name].hessian_II, direct[layer.name].hessian()), layer.name
         expected = direct[layer.name].weight_m.sum().item() / TOKENS_NT.numel()
         assert weights.mean(layer.name) == pytest.approx(expected, rel=1e-3)
 
@@ -319,7 +321,7 @@ def routed_tokens(loaded: LoadedModel, tokens_NT: Tensor) -> dict[str, list[int]
 def test_an_expert_s_weights_are_of_the_tokens_routed_to_it(mixtral: LoadedModel, tmp_path: Path) -> None:
     weights, moments = weighed(mixtral, tmp_path)
     routed = routed_tokens(mixtral, TOKENS_NT)
-    experts = [layer.name for layer in mixtral.layers if ".experts." in layer.name]
+    experts = [layer.name for layer in mixtral.layers if is_expert(layer.name)]
     assert len(experts) == 2 * 4 * 2
     for name in experts:
         tokens = routed[name.rpartition(".")[0]]
