@@ -17,7 +17,7 @@ from api.settings import Settings
 
 GRID = {"tokens": 512, "bits": [2, 3, 4], "ranks": [0, 4], "group_sizes": [64]}
 BUDGET = "3.3bpw"
-FILES = ("profile.json", "measurements.parquet", "calibration.safetensors")
+FILES = ("profile.json", "measurements.parquet", "calibration.safetensors", "token_weights.safetensors")
 TIMEOUT_SECONDS = 1_800.0
 
 

@@ -386,6 +386,8 @@ def checked(
     folder = run.work / "check"
     folder.mkdir(exist_ok=True)
     plans = check_plans(loaded, profile, kl_of_probes, folder, progress)
+    if not any(plan.measured_kl > 0 and plan.predicted_kl > 0 for plan in plans):
+        return document
     gain, agree = checked_gain(plans)
     check = SelfCheck(windows=run.probe_windows, parts=tuple(parts), plans=tuple(plans), agree=agree)
     return document.model_copy(update={"gain": gain, "check": check})

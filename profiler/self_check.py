@@ -197,7 +197,9 @@ def _checked(
 
 
 def checked_gain(plans: Sequence[CheckedPlan]) -> tuple[Gain, bool]:
-    """The gain of measured plans with its 90 % prediction interval, and whether the plans agree on one; at least one.
+    """The gain of measured plans with its 90 % prediction interval, and whether the plans agree on one.
+
+    At least one plan has a measured and a predicted KL above 0.
 
     Student's t over the log ratios, with their measurement error added. Where its ends would differ by more than
     `WIDEST`, they are brought to that, and the plans do not agree.
