@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from allocator.errors import BitrankError
-from profiler.layers import LoadedModel, check_finite
+from profiler.layers import LoadedModel, check_finite, read_text
 
 LINES_TOKENIZED = 1000
 OPENINGS = Path(__file__).with_name("openings.json")
@@ -193,8 +193,8 @@ def _told_tokens(
     count = round(opened_share * number) if loaded.tokenizer is not None else 0
     told = []
     for text in drawn_openings(count, draw):
-        tokens = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
-        told.append([*start, *(t for t in tokens if t < loaded.vocabulary)][: loaded.window // 2])
+        tokens = [t for t in read_text(loaded.tokenizer, text) if t < loaded.vocabulary]
+        told.append([*start, *tokens][: loaded.window // 2] or [draw.randrange(loaded.vocabulary)])
     told += [start or [draw.randrange(loaded.vocabulary)] for _ in range(number - count)]
     draw.shuffle(told)
     return told

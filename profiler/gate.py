@@ -76,12 +76,13 @@ class _Contest:
     def decided(self, profile: Profile, found_PN5: Tensor) -> Plan:
         """The best candidate by what was measured of every choice on every window, with its verification."""
         menu, count, kl_PN = profile.menu, len(self.candidates), found_PN5[:, :, 0]
+        record = profile.document.calibration
         best = _best(kl_PN[:count])
         points = [(size, kl_N) for (size, _), kl_N in zip(self.uniform, kl_PN[count:], strict=True)]
         found = against_uniform(kl_PN[best], points, choice_bytes(menu, self.candidates[best]))
         verification = Verification(
             text="held-back calibration windows",
-            tokens=kl_PN.shape[1] * (profile.document.calibration.window_tokens - 1),
+            tokens=kl_PN.shape[1] * (record.window_tokens - max(1, len(record.text_start))),
             measured_kl=kl_PN[best].mean().item(),
             standard_error=standard_error(kl_PN[best]),
             perplexity=found_PN5[best, :, 1].mean().exp().item(),

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -276,9 +277,25 @@ def check_finite(model: PreTrainedModel, tensor: Tensor, what: str = "logits") -
 def load_tokenizer(ref: ModelRef) -> Any | None:
     """The model's tokenizer, or None where the directory has none (then calibration must be sampled)."""
     try:
-        return AutoTokenizer.from_pretrained(ref.path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(ref.path, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, AttributeError):
         return None
+    # transformers makes up one of special tokens alone for some directories that have none
+    return tokenizer if len(tokenizer) > len(tokenizer.added_tokens_decoder) else None
+
+
+def read_text(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text alone; none where the tokenizer refuses it (of words alone, without one for the unknown)."""
+    try:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception:  # tokenizers raises nothing more particular
+        return []
+
+
+def _readable(tokenizer: Any) -> str:
+    """A text that the tokenizer knows: `START_SAMPLE`, or else one of its own tokens."""
+    own = (tokenizer.decode([k]) for k in range(len(tokenizer)) if k not in tokenizer.added_tokens_decoder)
+    return next((text for text in chain([START_SAMPLE], own) if read_text(tokenizer, text)), "")
 
 
 def text_start(ref: ModelRef, tokenizer: Any | None, model: PreTrainedModel) -> tuple[int, ...]:
@@ -291,8 +308,8 @@ def text_start(ref: ModelRef, tokenizer: Any | None, model: PreTrainedModel) -> 
     if tokenizer is None:
         start = (config.bos_token_id,) if isinstance(config.bos_token_id, int) else ()
         return start if all(0 <= token < config.vocab_size for token in start) else ()
-    plain = list(tokenizer(START_SAMPLE, add_special_tokens=False)["input_ids"])
-    whole = list(tokenizer(START_SAMPLE)["input_ids"])
+    sample = _readable(tokenizer)
+    plain, whole = read_text(tokenizer, sample), list(tokenizer(sample)["input_ids"])
     places = [k for k in range(len(whole)) if whole[k : k + len(plain)] == plain]
     start = tuple(whole[: places[0]]) if places else ()
     if any(not 0 <= token < config.vocab_size for token in start):

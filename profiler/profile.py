@@ -270,8 +270,8 @@ class Profile:
             return
         if check is None or not check.plans:
             yield (
-                "this profile could not check itself, because its grid lacks 2, 3 and 4 bits at group 64;"
-                " verify its plans with --verify"
+                "this profile could not check itself, because its grid lacks 2, 3 and 4 bits at group 64 or nothing that"
+                " was measured lost anything; verify its plans with --verify"
             )
             return
         for plan in check.plans:
@@ -282,7 +282,8 @@ class Profile:
                     " run `bitrank calibrate`, or verify every plan with --verify"
                 )
         if not check.agree and self.document.agreement is None:
-            ratios = [plan.measured_kl / plan.predicted_kl / gain.mean for plan in check.plans]
+            usable = [plan for plan in check.plans if plan.predicted_kl > 0]
+            ratios = [plan.measured_kl / plan.predicted_kl / gain.mean for plan in usable]
             yield (
                 f"when the profile checked itself, its plans lost {min(ratios):.2f} to {max(ratios):.2f} times what was"
                 " predicted, more than the interval covers; run `bitrank calibrate`, or verify every plan with"

@@ -136,4 +136,4 @@ def _relative_error(rounded_Vd: Tensor, weight_Vd: Tensor) -> float:
     """‖rounded − weight‖² / ‖weight‖², some rows at a time."""
     pairs = zip(rounded_Vd.split(ROWS), weight_Vd.split(ROWS), strict=True)
     difference = sum((found - given).square().sum().item() for found, given in pairs)
-    return difference / sum(given.square().sum().item() for given in weight_Vd.split(ROWS))
+    return difference / max(1e-30, sum(given.square().sum().item() for given in weight_Vd.split(ROWS)))
