@@ -201,6 +201,7 @@ def profile(
         "seconds": report.seconds,
         "peak_memory_bytes": peak_memory_bytes(),
     }
+    remark(made.warnings)
     if json_output:
         return print_json(summary)
     counts = f"{len(known) - predicted} measured options" + (f", {predicted} predicted" if predicted else "")

@@ -270,8 +270,8 @@ class Profile:
             return
         if check is None or not check.plans:
             yield (
-                "this profile could not check itself, because its grid lacks 2, 3 and 4 bits at group 64 or nothing that"
-                " was measured lost anything; verify its plans with --verify"
+                "this profile could not check itself, because its grid lacks 2, 3 and 4 bits at group 64 or nothing"
+                " that was measured lost anything; verify its plans with --verify"
             )
             return
         for plan in check.plans:
