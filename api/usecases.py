@@ -343,12 +343,19 @@ def execute(
     model: str | None = None,
 ) -> None:
     """Carry out a plan made from `profile`. Raises `PlanError` when the model's weights are not the plan's."""
+    import torch
+
     from api.caches import files_of_cache
+    from compressor.warming import warm_up
     from compressor.worker import compress
+    from profiler.layers import check_device
     from profiler.stream import block_works
 
     beside = files_of_cache(plan, profile)
-    loaded = original_of(plan, device, model)
+    check_device(device)
+    warm_up(torch.device(device))
+    # Tokens come from the profile, so no text is read.
+    loaded = original_of(plan, device, model, reads_text=False)
     kept = {name: tensor.cpu() for name, tensor in loaded.kept_tensors()}
     output = output.resolve()
     with scratch(output.with_name(f".{output.name}.activations")) as folder:
@@ -356,8 +363,11 @@ def execute(
         compress(plan, blocks, kept, loaded.ref.path, output, progress, len(loaded.block_names), beside)
 
 
-def original_of(plan: Plan, device: str, model: str | None) -> LoadedModel:
-    """The model a plan is for. Raises `PlanError` when the weights found are others, `TargetError`."""
+def original_of(plan: Plan, device: str, model: str | None, reads_text: bool = True) -> LoadedModel:
+    """The model a plan is for; reads_text as in `open_model`.
+
+    Raises `PlanError` when the weights found are others, `TargetError`.
+    """
     from profiler.checkpoint import find_model, weights_sha256
     from profiler.layers import open_model
 
@@ -367,7 +377,7 @@ def original_of(plan: Plan, device: str, model: str | None) -> LoadedModel:
         raise PlanError(
             f"the weights of {ref.id} are not those the plan was made for; profile this model and plan again"
         )
-    return open_model(ref, device)
+    return open_model(ref, device, reads_text)
 
 
 def verify_plan(

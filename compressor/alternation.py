@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ from allocator.storage import Option
 from compressor.curvature import Curvature
 from compressor.decomposition import Decomposition, rest_of
 from compressor.descent import descended
-from compressor.gptq import rounded
+from compressor.gptq import Factor, rounded
 from compressor.grid import Quantized, group_ranges, grouped
 from compressor.lowrank import Fit, alike, factorize, leading_directions, sharpened, through
 from compressor.precision import ROOM, Operand, product, subtract_product
@@ -70,9 +69,9 @@ def _cut_of(problem: Problem) -> _Cut:
     return id(problem.weight_OI), problem.option.rank, problem.option.factor_bits
 
 
-def quantized_of(problems: Sequence[Problem], curvature: Curvature) -> list[Quantized]:
+def quantized_of(problems: Sequence[Problem], factor: Factor) -> list[Quantized]:
     """Q of W."""
-    return _rounded(torch.cat([p.weight_OI.T for p in problems], dim=1), problems, curvature)
+    return _rounded(torch.cat([p.weight_OI.T for p in problems], dim=1), problems, factor)
 
 
 def descended_of(
@@ -83,11 +82,11 @@ def descended_of(
     return descended([p.weight_OI for p in problems], quantized, curvature.hessian_II, largest=largest)
 
 
-def _rounded(target_IR: Tensor, problems: Sequence[Problem], curvature: Curvature) -> list[Quantized]:
+def _rounded(target_IR: Tensor, problems: Sequence[Problem], factor: Factor) -> list[Quantized]:
     """Q of matrices beside each other, one a problem, which are used up."""
     options, largest = [p.option for p in problems], max(p.largest for p in problems)
     bits, group_sizes = [o.bits for o in options], [o.group_size for o in options]
-    return rounded(target_IR, largest, curvature.factor, bits, group_sizes)
+    return rounded(target_IR, largest, factor, bits, group_sizes)
 
 
 def alternate(
@@ -154,7 +153,7 @@ class Starts:
         """Find every Q of W that these need and nobody offered."""
         missing = {p.start: p for p in problems if p.start not in self.quantized}
         if missing:
-            found = quantized_of(list(missing.values()), self.curvature)
+            found = quantized_of(list(missing.values()), self.curvature.factor)
             self.quantized |= dict(zip(missing, found, strict=True))
 
     def searches(self, problems: Sequence[Problem]) -> list[_Search]:
@@ -166,7 +165,7 @@ class Starts:
         for search in first.values():
             search.plain_error = search.weighted.squared_norms(1)[0]
             search.plain_sums_G = self.plain_sums(search.problem)
-            search.plain_ranges = search.ranges(search.plain_sums_G, self.curvature)
+            search.plain_ranges = search.ranges(search.plain_sums_G, self.curvature.factor)
         self._lead({start: search.weighted for start, search in first.items()})
         for search in searches:
             start = search.problem.start
@@ -233,13 +232,13 @@ class _Search:
         """(W − Q)S and L(RS), (I, O), whose distance is the error."""
         return self.weighted.T, product(weighted_right.T, self.fit.left)
 
-    def foretold(self, sums_G: Tensor, curvature: Curvature) -> Tensor:
-        """Error that Q of a matrix of these `range_sums` is to leave under another H, from what Q of W left."""
-        return self.plain_error * self.ranges(sums_G, curvature) / self.plain_ranges
+    def foretold(self, sums_G: Tensor, factor: Factor) -> Tensor:
+        """Error that Q of a matrix of these `range_sums` is to leave under the H of a factor, from what Q of W left."""
+        return self.plain_error * self.ranges(sums_G, factor) / self.plain_ranges
 
-    def ranges(self, sums_G: Tensor, curvature: Curvature) -> Tensor:
+    def ranges(self, sums_G: Tensor, factor: Factor) -> Tensor:
         """The squared ranges of all groups, each times the pivots of its columns."""
-        return sums_G @ grouped(curvature.pivots()[None], self.option.group_size).sum(dim=2)[0]
+        return sums_G @ grouped(factor.pivots()[None], self.option.group_size).sum(dim=2)[0]
 
 
 def range_sums(w_OI: Tensor, group_size: int) -> Tensor:
@@ -249,7 +248,7 @@ def range_sums(w_OI: Tensor, group_size: int) -> Tensor:
 
 def _restarted(searches: Sequence[_Search], starts: Starts, curvature: Curvature) -> list[_Search]:
     """Searches where Q of W − LR, L·R the best low-rank part of W, may leave the least error; they take up that L·R."""
-    foretold = torch.stack([s.foretold(starts.sums_left(s.problem), curvature) for s in searches])
+    foretold = torch.stack([s.foretold(starts.sums_left(s.problem), curvature.factor) for s in searches])
     again = []
     for search, error in zip(searches, foretold.tolist(), strict=True):
         if error < worth_trying(search.option.bits) * search.least:
@@ -262,27 +261,36 @@ def _restarted(searches: Sequence[_Search], starts: Starts, curvature: Curvature
 def _absorb(searches: Sequence[_Search], curvature: Curvature) -> None:
     """The third start: Q of W under H down-dated by R, then factors of what that left, and once more with the new R."""
     for _ in range(ABSORBING_ROUNDS):
-        searches = [s for s in _absorbing(searches, curvature) if _absorbed(s, curvature)]
+        begun = list(_absorbed(searches, curvature))
+        if not begun:
+            return
+        searches = [search for search, _ in begun]
+        _stand(searches, [quantized for _, quantized in begun], curvature)
+        _lead(searches)
+        _refit(searches, curvature)
+        _leave(searches)
 
 
-def _absorbing(searches: Sequence[_Search], curvature: Curvature) -> Iterator[_Search]:
-    """Those whose R takes enough of H."""
+def _absorbed(searches: Sequence[_Search], curvature: Curvature) -> Iterator[tuple[_Search, Quantized]]:
+    """Q of W under the down-dated H, of the searches that this promises something."""
     for places in alike([search.option.rank for search in searches]):
         members = [searches[p] for p in places]
-        rights = [search.best_fit.right_rI for search in members]
-        yield from compress(members, curvature.absorbed(rights))
+        rests = curvature.deflated([search.best_fit.right_rI for search in members])
+        for search, rest in zip(members, rests, strict=True):
+            if rest is None:
+                continue
+            if search.foretold(search.plain_sums_G, rest).item() <= WORTH_ABSORBING * search.least:
+                (quantized,) = quantized_of([search.problem], rest)
+                yield search, quantized
 
 
-def _absorbed(search: _Search, curvature: Curvature) -> bool:
-    """Whether the third start promises something; then it is taken."""
-    rest = curvature.without(search.best_fit.right_rI)
-    if rest is None or search.foretold(search.plain_sums_G, rest).item() > WORTH_ABSORBING * search.least:
-        return False
-    (quantized,) = quantized_of([search.problem], rest)
-    _stand([search], [quantized], curvature)
-    search.direction_Or = leading_directions([search.weighted], search.option.rank)[0]
-    _refit([search], curvature)
-    return True
+def _lead(searches: Sequence[_Search]) -> None:
+    """The leading directions of (W − Q)S."""
+    for places in alike([search.option.rank for search in searches]):
+        members = [searches[p] for p in places]
+        found = leading_directions([search.weighted for search in members], members[0].option.rank)
+        for search, direction_Or in zip(members, found, strict=True):
+            search.direction_Or = direction_Or
 
 
 def worth_trying(bits: int) -> float:
@@ -311,7 +319,7 @@ def _requantize(searches: Sequence[_Search], curvature: Curvature) -> None:
     for search, rest_IO in zip(searches, rest_IR.split(len(weight_OI), dim=1), strict=True):
         put_columns(rest_IO, search.problem.weight_OI.T)
         subtract_product(rest_IO, search.fit.right.T, search.fit.left)
-    found = _rounded(rest_IR, [search.problem for search in searches], curvature)
+    found = _rounded(rest_IR, [search.problem for search in searches], curvature.factor)
     del rest_IR
     _stand(searches, found, curvature)
 

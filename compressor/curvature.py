@@ -6,7 +6,7 @@ make good. Letters: P problems, O rows, I columns, r rank, R all ranks beside ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compressor.decomposition import Decomposition
-from compressor.gptq import Factor, SingularHessianError, inverse_factor
+from compressor.gptq import Factor, SingularHessianError, inverse_factor, strict_inverse_factor
 from compressor.incoherence import turned
 from compressor.lowrank import Root, orthonormal, square_root, through
 from compressor.precision import ROOM, Operand, product, tensor_cores
@@ -87,36 +87,33 @@ class Curvature:
         """Of rotated inputs: V H Vᵀ."""
         return Curvature.of(turned(turned(self.hessian_II).T))
 
-    def without(self, right_rI: Tensor) -> Curvature | None:
-        """Down-dated: H − HRᵀ(RHRᵀ)⁻¹RH, which an error that a multiple of R can make good does not feel.
+    def deflated(self, rights: Sequence[Tensor]) -> Iterator[Factor | None]:
+        """For each R (r, I), all of one rank: the factor of H − HRᵀ(RHRᵀ)⁻¹RH, which an error that a multiple of R
+        can make good does not feel.
 
-        None where R takes less than `LEAST_ABSORBED` of the trace, or leaves nothing that can be factored.
+        None where R takes less than `LEAST_ABSORBED` of the trace, or leaves nothing that can be factored. One at a
+        time, since each is as large as H.
         """
-        if not self.absorbed([right_rI])[0]:
-            return None
-        reach_Ir = self.root_II @ self._orthonormal([right_rI])[0]
+        basis_PIr = self._orthonormal(rights)
+        reach_IR = product(self.root.values, Operand.of(torch.cat(tuple(basis_PIr), dim=1), 1.0))
+        taken_P = reach_IR.square_().sum(dim=0).unflatten(0, (len(rights), -1)).sum(dim=1)
+        is_enough_P = taken_P >= LEAST_ABSORBED * self.hessian_II.diagonal().sum()
+        for basis_Ir, is_enough in zip(basis_PIr, is_enough_P.tolist(), strict=True):
+            yield self._without(basis_Ir) if is_enough else None
+
+    def _without(self, basis_Ir: Tensor) -> Factor | None:
+        """The factor of H without what it holds along S times these orthonormal directions, if there is one."""
+        reach_Ir = self.root_II @ basis_Ir
         hessian_II = self.hessian_II - reach_Ir @ reach_Ir.T
         hessian_II.diagonal().clamp_(min=0)
-        deflated = Curvature(hessian_II)
         with suppress(SingularHessianError):
-            return deflated if deflated.factor_II is not None else None
+            return Factor(strict_inverse_factor(hessian_II))
         return None
-
-    def absorbed(self, rights: Sequence[Tensor]) -> list[bool]:
-        """Whether each R (r, I), all of one rank, takes `LEAST_ABSORBED` of the trace."""
-        basis_IR = torch.cat(tuple(self._orthonormal(rights)), dim=1)
-        reach_IR = product(self.root.values, Operand.of(basis_IR, 1.0))
-        taken_P = reach_IR.square_().sum(dim=0).unflatten(0, (len(rights), -1)).sum(dim=1)
-        return (taken_P >= LEAST_ABSORBED * self.hessian_II.diagonal().sum()).tolist()
 
     def _orthonormal(self, rights: Sequence[Tensor]) -> Tensor:
         """(P, I, r): bases of the columns of (RS)ᵀ."""
         weighted = through(Operand.of(torch.cat(tuple(rights))), self.root)
         return orthonormal(weighted.dense().unflatten(0, (len(rights), -1)).mT)
-
-    def pivots(self) -> Tensor:
-        """d (I,): H = L diag(d) Lᵀ with unit triangular L; what an error costs after later columns made it good."""
-        return self.factor_II.diagonal().square().reciprocal()
 
 
 def row_errors(w_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def _solved(
     mixed = [problem for problem in problems if problem.option.bits and problem.option.rank]
     starts = Starts(curvature, mixed + low_rank)
     for chunk in _batches(plain, batch):
-        quantized = quantized_of(chunk, curvature)
+        quantized = quantized_of(chunk, curvature.factor)
         starts.offer(chunk, quantized)
         for problem, better in zip(chunk, descended_of(chunk, quantized, curvature), strict=True):
             yield problem.place, Decomposition(problem.option, better, None)

@@ -48,9 +48,18 @@ def inverse_factor(hessian_II: Tensor, damping: float = DAMPING) -> Tensor:
     warning. Raises `SingularHessianError` when that does not help or H is not finite: the damping is relative, so a
     Hessian of any scale, or of rank one, passes.
     """
-    lower_II = _damped_cholesky(hessian_II.flip(0, 1), damping)
-    one_II = torch.eye(len(lower_II), device=lower_II.device)
-    return torch.linalg.solve_triangular(lower_II.flip(0, 1), one_II, upper=True).contiguous()
+    return _inverted(_damped_cholesky(hessian_II.flip(0, 1), damping))
+
+
+def strict_inverse_factor(hessian_II: Tensor, damping: float = DAMPING) -> Tensor:
+    """As `inverse_factor`, but raises `SingularHessianError` where H with that damping is indefinite."""
+    return _inverted(cholesky(hessian_II.flip(0, 1), damping))
+
+
+def _inverted(reversed_II: Tensor) -> Tensor:
+    """U from the Cholesky factor of J H J."""
+    one_II = torch.eye(len(reversed_II), device=reversed_II.device)
+    return torch.linalg.solve_triangular(reversed_II.flip(0, 1), one_II, upper=True).contiguous()
 
 
 def _damped_cholesky(hessian_II: Tensor, damping: float) -> Tensor:
@@ -73,17 +82,17 @@ def cholesky(hessian_II: Tensor, damping: float) -> Tensor:
 
     Raises `SingularHessianError` when H is not finite or stays indefinite.
     """
-    if not torch.isfinite(hessian_II).all():
-        raise SingularHessianError(
-            "the Hessian has NaN or infinite entries; check the calibration activations"
-        )
     h_II = hessian_II.to(torch.float64, copy=True)
     h_II.diagonal().copy_(damped_diagonal(hessian_II, damping))
     failed = torch.zeros((), dtype=torch.int32, device=h_II.device)
     torch.linalg.cholesky_ex(h_II, out=(h_II, failed))
-    if failed or not torch.isfinite(h_II).all():  # cuSOLVER can report success and return NaN
-        raise SingularHessianError("the Hessian is not positive definite; raise the damping")
-    return h_II.float()
+    if (failed == 0) & torch.isfinite(h_II).all():  # cuSOLVER can report success and return NaN
+        return h_II.float()
+    if not torch.isfinite(hessian_II).all():
+        raise SingularHessianError(
+            "the Hessian has NaN or infinite entries; check the calibration activations"
+        )
+    raise SingularHessianError("the Hessian is not positive definite; raise the damping")
 
 
 def damped_diagonal(hessian_II: Tensor, damping: float = DAMPING) -> Tensor:
@@ -128,6 +137,10 @@ class Factor:
     def spreading(self) -> Operand:
         """As a factor of products."""
         return Operand.of(self.values_II, self.bounds[0])
+
+    def pivots(self) -> Tensor:
+        """d (I,): H = L diag(d) Lᵀ with unit triangular L; what an error costs after later columns made it good."""
+        return self.values_II.diagonal().square().reciprocal()
 
 
 def rounded(

@@ -26,7 +26,6 @@ def warm_up(device: torch.device) -> None:
 def _decompose(device: torch.device) -> None:
     from compressor.curvature import Curvature
     from compressor.decompose import decompose
-    from compressor.gptq import round_to_nearest
 
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
         generator = torch.Generator(device).manual_seed(0)
@@ -35,4 +34,3 @@ def _decompose(device: torch.device) -> None:
         )
         for _, found in decompose([w_OI] * len(OPTIONS), Curvature.of(x_nI.T @ x_nI), OPTIONS):
             found.dense()
-    round_to_nearest(torch.zeros(1, COLUMNS), 2, 64)  # closed forms take their constants from the CPU

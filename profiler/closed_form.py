@@ -32,7 +32,7 @@ from torch import Tensor
 
 from allocator.storage import Option
 from compressor.curvature import Curvature
-from compressor.gptq import round_to_nearest
+from compressor.grid import search_grid
 from compressor.lowrank import leading_directions, through
 from compressor.precision import Operand, product
 from profiler.error_model import FLOOR
@@ -53,9 +53,10 @@ RANKED_BITS = 3
 @lru_cache
 def grid_constant(bits: int, group_size: int) -> float:
     """K_bg: the mean squared error of rounding standard normal numbers to a searched grid."""
-    normal_OI = torch.randn(SAMPLE_ROWS, group_size, generator=torch.Generator().manual_seed(0))
-    rounded_OI = round_to_nearest(normal_OI, bits, group_size).dequantize()
-    return (rounded_OI - normal_OI).square().mean().item()
+    normal_gO = torch.randn(SAMPLE_ROWS, group_size, generator=torch.Generator().manual_seed(0)).T
+    # In plain torch: compiling what rounds on a CPU takes far longer than this.
+    grid = search_grid(normal_gO, torch.ones(group_size, 1), torch.full((SAMPLE_ROWS,), 2.0**bits - 1))
+    return (grid.decode(grid.encode(normal_gO)) - normal_gO).square().mean().item()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class ClosedForm:
 
         w (O, I) float32, residual (O, I); share_O is what an error of each row counts, signal Σ_O s_O (W H Wᵀ)_OO.
         """
-        scale = (share_O @ w_OI.square() @ curvature.pivots()).item() / max(signal, 1e-30)
+        scale = (share_O @ w_OI.square() @ curvature.factor.pivots()).item() / max(signal, 1e-30)
         weighted = through(residual, curvature.root)
         total = weighted.squared_norms(1).item()
         if scale <= FLOOR or total <= FLOOR * signal:

@@ -60,16 +60,29 @@ def fit_error_model(measurements: Sequence[Measurement], n: int) -> ErrorModel:
     group = np.array([[m.option.group_size == size for size in others] for m in usable], dtype=float)
     target = np.log([m.error for m in usable])
 
+    missing = np.log1p(-np.minimum(ranks / n, 1 - 1e-6))
+
     def log_error(parameters: NDArray[np.float64]) -> NDArray[np.float64]:
         log_c, beta, log_r0, delta, eta = parameters[:5]
         smooth = log_c - beta * math.log(2) * bits - delta * np.log1p(ranks / math.exp(log_r0))
-        return smooth + eta * np.log1p(-np.minimum(ranks / n, 1 - 1e-6)) + group @ parameters[5:]
+        return smooth + eta * missing + group @ parameters[5:]
+
+    def jacobian(parameters: NDArray[np.float64]) -> NDArray[np.float64]:
+        r0, delta = math.exp(parameters[2]), parameters[3]
+        by_log_r0 = delta * ranks / (r0 + ranks)
+        columns = [np.ones_like(bits), -math.log(2) * bits, by_log_r0, -np.log1p(ranks / r0), missing]
+        return np.column_stack([*columns, group])
 
     start = np.array([0.0, 2.0, math.log(max(2.0, n / 4)), 0.5, 1.0] + [0.0] * len(others))
     lower = np.array([-np.inf, 0.0, 0.0, 0.0, 0.0] + [-np.inf] * len(others))
     upper = np.array([np.inf, np.inf, math.log(1e4), 20.0, 20.0] + [np.inf] * len(others))
     fit = least_squares(
-        lambda p: log_error(p) - target, start, bounds=(lower, upper), loss="soft_l1", f_scale=0.05
+        lambda p: log_error(p) - target,
+        start,
+        jac=jacobian,
+        bounds=(lower, upper),
+        loss="soft_l1",
+        f_scale=0.05,
     )
     residual = log_error(fit.x) - target
     spread = float(((target - target.mean()) ** 2).sum())

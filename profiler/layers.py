@@ -102,6 +102,11 @@ class LoadedModel:
         return max(0, len(self.text_start) - 1)
 
     @property
+    def stays_in_memory(self) -> bool:
+        """Whether blocks are still there after they are called."""
+        return self.offload is None or self.offload.is_resident
+
+    @property
     def windows_per_batch(self) -> int:
         """Windows run at once: `BATCH_WINDOWS`, or as many as keep a batch's logits within `BATCH_LOGITS`."""
         kind = "cuda" if self.device.type == "cuda" else "cpu"
@@ -131,19 +136,19 @@ class LoadedModel:
             stored = self.source(name) if tensor.is_meta else tensor
             yield name, stored.to(self.storage_dtype) if stored.is_floating_point() else stored
 
-    def replacing(self, weight: Callable[[Layer], Tensor]) -> AbstractContextManager[None]:
-        """While open, every layer computes with `weight(layer)` (O, I) instead of its own."""
+    def replacing(self, weight: Callable[[Layer], Tensor | None]) -> AbstractContextManager[None]:
+        """While open, every layer computes with `weight(layer)` (O, I) instead of its own; with its own where that is
+        None."""
         if self.offload is None:
             raise ValueError("only a model that is read block by block can have its weights replaced")
         layer_of = {f"{layer.name}.weight": layer for layer in self.layers}
 
-        def read(name: str) -> Tensor:
-            if name not in layer_of:
-                return self.source(name)
-            layer = layer_of[name]
-            return weight(layer).T if layer.transposed else weight(layer)
+        def replaced(name: str) -> Tensor | None:
+            layer = layer_of.get(name)
+            w_OI = None if layer is None else weight(layer)
+            return w_OI.T if w_OI is not None and layer is not None and layer.transposed else w_OI
 
-        return self.offload.reading(read)
+        return self.offload.replacing(replaced)
 
 
 def load_model(ref: ModelRef, device: str = "cpu") -> LoadedModel:
@@ -162,8 +167,10 @@ def load_model(ref: ModelRef, device: str = "cpu") -> LoadedModel:
     )
 
 
-def open_model(ref: ModelRef, device: str = "cpu") -> LoadedModel:
+def open_model(ref: ModelRef, device: str = "cpu", reads_text: bool = True) -> LoadedModel:
     """Load a causal LM of which one block is in memory at a time, read from the memory-mapped checkpoint.
+
+    reads_text: whether the tokenizer is needed, which takes seconds to load where the vocabulary is large.
 
     Where transformers has to convert what is stored (names or layouts of another version, stacks of experts), the
     weights are first read whole, and kept in the checkpoint's own dtype. Raises as `load_model` does.
@@ -180,8 +187,8 @@ def open_model(ref: ModelRef, device: str = "cpu") -> LoadedModel:
 
     offload = Offload(model, block_names, read, torch.device(device))
     model = model.eval().requires_grad_(False)
-    tokenizer = load_tokenizer(ref)
-    start = text_start(ref, tokenizer, model)
+    tokenizer = load_tokenizer(ref) if reads_text else None
+    start = text_start(ref, tokenizer, model) if reads_text else ()
     return LoadedModel(ref, model, tokenizer, storage_dtype, block_names, layers, source, offload, start)
 
 

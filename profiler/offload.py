@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 Read = Callable[[str], Tensor]
+Replaced = Callable[[str], Tensor | None]
+"""A parameter that stands in for the model's own for a while, by its full name; `None` where none does."""
 RESIDENT_SHARE = 1 / 32
 """A model stays on a GPU whole, in float32, where it takes no larger a share of its memory."""
 
@@ -35,8 +37,12 @@ class Offload:
         self._resident: nn.Module | None = None
         self.held: dict[str, Tensor] = {}
         """Parameters that are on the device already, as they are stored."""
-        self._cache: dict[str, Tensor] | None = {} if _fits(model, device) else None
-        """Parameters of blocks in float32, as they are read now; None where they are dropped after use."""
+        self.is_resident = _fits(model, device)
+        self._own: dict[str, Tensor] = {}
+        """The model's own parameters of blocks, in float32, where the model stays on the GPU."""
+        self._replaced: Replaced = _none
+        self._others: dict[str, Tensor] = {}
+        """Likewise those that stand in for them now."""
         inside = tuple(f"{name}." for name in block_names)
         stored = model.state_dict().keys() - model.all_tied_weights_keys.keys()
         parameters = {name for name, _ in model.named_parameters()}
@@ -55,14 +61,14 @@ class Offload:
             block.register_forward_hook(self._dropping)
 
     @contextmanager
-    def reading(self, read: Read) -> Iterator[None]:
-        """While open, blocks are read from elsewhere."""
-        before, self._read = self._read, read
-        cache, self._cache = self._cache, None if self._cache is None else {}
+    def replacing(self, replaced: Replaced) -> Iterator[None]:
+        """While open, these parameters of blocks stand in for the model's own."""
+        before = self._replaced, self._others
+        self._replaced, self._others = replaced, {}
         try:
             yield
         finally:
-            self._read, self._cache = before, cache
+            self._replaced, self._others = before
 
     def brought(self, block_name: str) -> dict[str, Tensor]:
         """The parameters of a block, on the device as they are stored."""
@@ -70,12 +76,21 @@ class Offload:
         return {name: self._read(name).to(self._device) for name in names}
 
     def _value(self, name: str) -> Tensor:
-        if self._cache is not None and name in self._cache:
-            return self._cache[name]
-        value = self.held[name] if name in self.held else self._read(name).to(self._device)
+        if name in self._others:
+            return self._others[name]
+        other = self._replaced(name)
+        if other is not None:
+            return self._kept(self._others, name, other)
+        if name in self._own:
+            return self._own[name]
+        return self._kept(self._own, name, self.held[name] if name in self.held else self._read(name))
+
+    def _kept(self, where: dict[str, Tensor], name: str, stored: Tensor) -> Tensor:
+        """On the device, in float32, and kept there where the model is."""
+        value = stored.to(self._device)
         value = value.float() if value.is_floating_point() else value
-        if self._cache is not None:
-            self._cache[name] = value
+        if self.is_resident:
+            where[name] = value
         return value
 
     def _fetching(self, block_name: str) -> Callable[..., None]:
@@ -91,6 +106,10 @@ class Offload:
     def _dropping(self, block: nn.Module, arguments: Any, output: Any) -> None:
         _drop(block)
         self._resident = None
+
+
+def _none(name: str) -> None:
+    """Nothing is replaced."""
 
 
 def _fits(model: nn.Module, device: torch.device) -> bool:

@@ -177,7 +177,7 @@ class ProfileRun:
         """Every window (N, T) in the order of the seed; once begun, sampled windows come from `work`."""
         given_NT, seed = self.given[0], self.settings.seed
         if given_NT is None:
-            given_NT = sampled_tokens(self.loaded.ref, self.settings, self.work, silent)
+            given_NT = sampled_tokens(self.loaded, self.settings, self.work, silent)
         return shuffled(given_NT, seed)
 
     @property
@@ -253,7 +253,7 @@ def begin_profile(run: ProfileRun, progress: Progress) -> None:
     for part in ("layers", "probes"):
         (work / part).mkdir(exist_ok=True)
     if given_NT is None:
-        sampled_tokens(run.loaded.ref, run.settings, run.work, progress)
+        sampled_tokens(run.loaded, run.settings, run.work, progress)
     weights_of_tokens(run, progress)
     return_fragments()
 
@@ -452,11 +452,13 @@ def given_tokens(loaded: LoadedModel, settings: ProfileSettings) -> tuple[Tensor
     return tokens_NT, source
 
 
-def sampled_tokens(ref: ModelRef, settings: ProfileSettings, work: Path, progress: Progress) -> Tensor:
+def sampled_tokens(loaded: LoadedModel, settings: ProfileSettings, work: Path, progress: Progress) -> Tensor:
     """Token windows (N, T) drawn from the whole model, kept in `work` so that a resumed run has the same."""
     file = work / "sampled.safetensors"
     if not file.exists():
-        tokens_NT = sample_tokens(load_model(ref, settings.device), settings.tokens, settings.seed, progress)
+        # Reading every block for every token would take hours.
+        whole = loaded if loaded.stays_in_memory else load_model(loaded.ref, settings.device)
+        tokens_NT = sample_tokens(whole, settings.tokens, settings.seed, progress)
         write_atomically(file, save({"tokens": tokens_NT}))
     return load_file(file)["tokens"]
 

@@ -66,9 +66,9 @@ def measure_classes(
     found = []
     for name in classes:
 
-        def weight(layer: Layer, name: str = name) -> Tensor:
+        def weight(layer: Layer, name: str = name) -> Tensor | None:
             if class_of(layer) != name:
-                return loaded.weight(layer)
+                return None
             return read_probe(folder, layer, PART_OPTION, loaded.device)
 
         with loaded.replacing(weight):

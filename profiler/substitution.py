@@ -24,7 +24,7 @@ Weights = Mapping[Layer, Tensor]
 def substituted(loaded: LoadedModel, weights: Weights) -> Iterator[None]:
     """While open, the model has these weights, whether it is whole in memory or read block by block."""
     if loaded.offload is not None:
-        with loaded.replacing(lambda layer: weights[layer] if layer in weights else loaded.weight(layer)):
+        with loaded.replacing(weights.get):
             yield
         return
     stored = {layer: loaded.model.get_submodule(layer.name).weight for layer in weights}

@@ -1,0 +1,83 @@
+"""One step of drawing text from a model: the next token of every window in, the logits after it out.
+
+What lives here: the step as transformers runs it, and the same step recorded as a CUDA graph. At one token a window,
+a card computes a step several times as fast as Python can ask for it, so on CUDA the step is asked for once and
+replayed.
+
+A recorded step reads and writes the same memory every time. Keys and values therefore lie in a cache as long as a
+window, of which the part not reached yet is masked; layers that see a sliding window are masked too.
+
+Letters: n windows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+Step = Callable[[Tensor], Tensor]
+"""Given the next token of every window, int64 (n, 1), the logits after it, (n, V)."""
+WARM_UPS = 2
+"""Calls before a step is recorded, in which libraries take the memory that they keep."""
+
+
+def eager_step(model: PreTrainedModel) -> Step:
+    """The step as transformers runs it, from the start of every window."""
+    cache: Cache | None = None
+
+    def step(token_n1: Tensor) -> Tensor:
+        nonlocal cache
+        output = model(token_n1, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits_nV: Tensor = output.logits[:, -1]
+        return logits_nV
+
+    return step
+
+
+def static_cache(model: PreTrainedModel, length: int) -> Cache | None:
+    """A cache of fixed memory for windows of `length` tokens; None for a model that keeps more than keys and values
+    of every token."""
+    start_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    cache = model(start_11, use_cache=True).past_key_values
+    plain = {DynamicLayer, DynamicSlidingWindowLayer}
+    if not isinstance(cache, Cache) or not {type(layer) for layer in cache.layers} <= plain:
+        return None
+    return Cache([StaticLayer(length) for _ in cache.layers])
+
+
+def recorded_step(model: PreTrainedModel, windows: int, length: int) -> Step | None:
+    """The step recorded on CUDA, from the start of every window; None where it cannot be recorded.
+
+    The logits are overwritten by the next step. Windows of `length` tokens at most.
+    """
+    cache = static_cache(model, length)
+    if cache is None:
+        return None
+    token_n1 = torch.zeros(windows, 1, dtype=torch.int64, device=model.device)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                model(token_n1, past_key_values=cache, use_cache=True)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            logits_nV = model(token_n1, past_key_values=cache, use_cache=True).logits[:, -1]
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+        # A model that asks the card for a number in the middle of a step cannot be recorded.
+        torch.cuda.synchronize()
+        return None
+    cache.reset()
+
+    def step(next_n1: Tensor) -> Tensor:
+        token_n1.copy_(next_n1)
+        graph.replay()
+        return logits_nV
+
+    return step
