@@ -100,8 +100,8 @@ def damped_diagonal(hessian_II: Tensor, damping: float = DAMPING) -> Tensor:
     diagonal_I = hessian_II.diagonal().double()
     excited_I = diagonal_I > 0
     count = excited_I.sum()
-    mean = torch.where(count > 0, torch.where(excited_I, diagonal_I, 0).sum() / count.clamp(min=1), 1.0)
-    return torch.where(excited_I, diagonal_I, mean) + damping * mean
+    mean = torch.where(count > 0, diagonal_I.clamp(min=0).sum() / count, 1.0)
+    return torch.add(torch.where(excited_I, diagonal_I, mean), mean, alpha=damping)
 
 
 def gptq(
