@@ -75,7 +75,9 @@ class Offload:
         names = [f"{block_name}.{key}" for key, _ in self._model.get_submodule(block_name).named_parameters()]
         return {name: self._read(name).to(self._device) for name in names}
 
+    @torch.inference_mode(False)
     def _value(self, name: str) -> Tensor:
+        """Kept for gradients too, which no tensor made in inference mode may enter."""
         if name in self._others:
             return self._others[name]
         other = self._replaced(name)

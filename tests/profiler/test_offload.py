@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from profiler import offload
 from profiler.checkpoint import find_model
 from profiler.layers import LoadedModel, load_model, open_model
 
@@ -88,3 +89,36 @@ def test_a_block_left_in_the_middle_of_a_call_is_dropped_by_the_next(
     handle.remove()
     opened.model(TOKENS_NT, use_cache=False)
     assert not any(in_memory(block) for block in opened.blocks)
+
+
+def test_a_model_that_stays_in_memory_is_the_same_for_gradients_after_inference(
+    model_directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "_fits", lambda model, device: True)
+    opened = open_model(find_model(str(model_directory("llama"))))
+    assert opened.stays_in_memory
+    tokens_NT = torch.arange(16)[None]
+    with torch.inference_mode():
+        expected_NTV = opened.model(tokens_NT).logits.clone()
+    hidden_NTd = opened.model.get_input_embeddings()(tokens_NT).detach().requires_grad_()
+    found_NTV = opened.model(inputs_embeds=hidden_NTd).logits
+    found_NTV.sum().backward()
+    assert hidden_NTd.grad is not None
+    assert hidden_NTd.grad.abs().sum() > 0
+    torch.testing.assert_close(found_NTV.detach(), expected_NTV, rtol=1e-5, atol=1e-5)
+
+
+def test_only_what_is_replaced_is_read_again(
+    model_directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "_fits", lambda model, device: True)
+    opened = open_model(find_model(str(model_directory("llama"))))
+    tokens_NT = torch.arange(16)[None]
+    first = opened.layers[0]
+    with torch.no_grad():
+        before_NTV = opened.model(tokens_NT).logits
+        with opened.replacing(lambda layer: 0 * opened.weight(layer) if layer == first else None):
+            replaced_NTV = opened.model(tokens_NT).logits
+        after_NTV = opened.model(tokens_NT).logits
+    assert not torch.equal(before_NTV, replaced_NTV)
+    assert torch.equal(before_NTV, after_NTV)
