@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from sqlalchemy import and_, func, insert, or_, select, update
+from sqlalchemy import Connection, Insert, and_, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from api.cursor import decode_cursor, encode_cursor
@@ -65,9 +65,10 @@ class Ledger:
                 if (session.scalar(unfinished) or 0) >= quota:
                     raise QuotaError(quota)
                 session.add(row)
+                session.flush()
+                session.execute(_event(row.id, "queued", {}))
         except IntegrityError:  # another server has just made it
             return self.read(row.id)
-        self.add_event(row.id, "queued", {})
         return self.read(row.id)
 
     def read(self, job_id: str) -> JobRecord:
@@ -116,50 +117,29 @@ class Ledger:
 
     def add_event(self, job_id: str, kind: str, data: dict[str, Any]) -> None:
         """Append an event; writers that meet on one sequence number take turns."""
-        following = select(func.coalesce(func.max(JobEventRow.sequence), 0) + 1).where(
-            JobEventRow.job_id == job_id
-        )
-        values = {
-            "job_id": job_id,
-            "sequence": following.scalar_subquery(),
-            "kind": kind,
-            "data": data,
-            "created_at": now(),
-        }
-        statement = insert(JobEventRow).values(values)
+        statement = _event(job_id, kind, data)
 
-        def append() -> bool:
-            try:
-                with self._database.engine.begin() as connection:
-                    connection.execute(statement)
-            except IntegrityError:
-                return False
+        def append(connection: Connection) -> bool:
+            connection.execute(statement)
             return True
 
-        while not through_outages(append):
-            time.sleep(0.01)
+        self._write(append)
 
     def start(self, job_id: str) -> bool:
         """Note that a job runs; false where it is finished or cancelled."""
-        if self._move(job_id, ("queued",), state="running"):
-            self.add_event(job_id, "running", {})
+        if self._move(job_id, ("queued",), ("running", {}), state="running"):
             return True
         return through_outages(lambda: self.read(job_id)).state == "running"
 
     def finish(self, job_id: str, result: dict[str, Any]) -> None:
-        if self._move(job_id, ("running",), state="done", result=result):
-            self.add_event(job_id, "done", {"result": result})
+        self._move(job_id, ("running",), ("done", {"result": result}), state="done", result=result)
 
     def fail(self, job_id: str, problem: dict[str, Any]) -> None:
-        if self._move(job_id, UNFINISHED, state="failed", error=problem):
-            self.add_event(job_id, "failed", {"error": problem})
+        self._move(job_id, UNFINISHED, ("failed", {"error": problem}), state="failed", error=problem)
 
     def cancel(self, job_id: str) -> bool:
         """False where the job was finished already."""
-        if not self._move(job_id, UNFINISHED, state="cancelled"):
-            return False
-        self.add_event(job_id, "cancelled", {})
-        return True
+        return self._move(job_id, UNFINISHED, ("cancelled", {}), state="cancelled")
 
     def is_over(self, job_id: str) -> bool:
         """Whether nothing is to be computed for a job any more: done, failed, cancelled."""
@@ -168,7 +148,7 @@ class Ledger:
         return state not in UNFINISHED
 
     def set_progress(self, job_id: str, progress: JobProgress) -> None:
-        self._move(job_id, ("running",), progress=progress.model_dump())
+        self._move(job_id, ("running",), None, progress=progress.model_dump())
 
     def oldest(self, state: State) -> list[str]:
         """The ids of jobs in a state, oldest first, a hundred at most."""
@@ -182,14 +162,33 @@ class Ledger:
         with self._database.engine.connect() as connection:
             return {state: count for state, count in connection.execute(query)}
 
-    def _move(self, job_id: str, states: tuple[str, ...], **values: Any) -> bool:
+    def _move(
+        self, job_id: str, states: tuple[str, ...], event: tuple[str, dict[str, Any]] | None, **values: Any
+    ) -> bool:
+        """Change a job that is in one of these states, and append the event, both or neither."""
         statement = update(JobRow).where(JobRow.id == job_id, JobRow.state.in_(states)).values(**values)
 
-        def write() -> bool:
-            with self._database.engine.begin() as connection:
-                return bool(connection.execute(statement.values(updated_at=now())).rowcount)
+        def change(connection: Connection) -> bool:
+            moved = bool(connection.execute(statement.values(updated_at=now())).rowcount)
+            if moved and event is not None:
+                connection.execute(_event(job_id, *event))
+            return moved
 
-        return through_outages(write)
+        return self._write(change)
+
+    def _write(self, change: Callable[[Connection], bool]) -> bool:
+        """What `change` says, in a transaction; again while another writer took the same sequence number."""
+
+        def once() -> bool | None:
+            try:
+                with self._database.engine.begin() as connection:
+                    return change(connection)
+            except IntegrityError:
+                return None
+
+        while (changed := through_outages(once)) is None:
+            time.sleep(0.01)
+        return changed
 
 
 def through_outages(action: Callable[[], T]) -> T:
@@ -203,6 +202,16 @@ def through_outages(action: Callable[[], T]) -> T:
                 raise
         time.sleep(wait)
         wait = min(2 * wait, 5.0)
+
+
+def _event(job_id: str, kind: str, data: dict[str, Any]) -> Insert:
+    """The statement that appends an event, numbered after the last of its job."""
+    following = select(func.coalesce(func.max(JobEventRow.sequence), 0) + 1).where(
+        JobEventRow.job_id == job_id
+    )
+    return insert(JobEventRow).values(
+        job_id=job_id, sequence=following.scalar_subquery(), kind=kind, data=data, created_at=now()
+    )
 
 
 def _waiting() -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
 
 
 class ProgressLine:
@@ -60,8 +60,6 @@ def progress() -> ProgressLine:
 
 
 def _quiet_libraries() -> None:
-    import transformers
-
-    log: Any = transformers.utils.logging
-    log.set_verbosity_error()
-    log.disable_progress_bar()
+    """By its environment variables, so that transformers, which takes seconds, is imported when it is needed."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

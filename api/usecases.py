@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -345,17 +346,18 @@ def execute(
     """Carry out a plan made from `profile`. Raises `PlanError` when the model's weights are not the plan's."""
     import torch
 
-    from api.caches import files_of_cache
     from compressor.warming import warm_up
-    from compressor.worker import compress
-    from profiler.layers import check_device
-    from profiler.stream import block_works
+    from profiler.checkpoint import check_device
 
-    beside = files_of_cache(plan, profile)
     check_device(device)
     warm_up(torch.device(device))
     # Tokens come from the profile, so no text is read.
     loaded = original_of(plan, device, model, reads_text=False)
+    from api.caches import files_of_cache
+    from compressor.worker import compress
+    from profiler.stream import block_works
+
+    beside = files_of_cache(plan, profile)
     kept = {name: tensor.cpu() for name, tensor in loaded.kept_tensors()}
     output = output.resolve()
     with scratch(output.with_name(f".{output.name}.activations")) as folder:
@@ -369,15 +371,19 @@ def original_of(plan: Plan, device: str, model: str | None, reads_text: bool = T
     Raises `PlanError` when the weights found are others, `TargetError`.
     """
     from profiler.checkpoint import find_model, weights_sha256
-    from profiler.layers import open_model
 
     check_compressible(plan.target)
     ref = find_model(model or plan.model.id)
-    if weights_sha256(ref) != plan.model.weights_sha256:
-        raise PlanError(
-            f"the weights of {ref.id} are not those the plan was made for; profile this model and plan again"
-        )
-    return open_model(ref, device, reads_text)
+    with ThreadPoolExecutor(1) as beside:
+        digest = beside.submit(weights_sha256, ref)
+        from profiler.layers import open_model  # takes seconds, in which the weights are read
+
+        loaded = open_model(ref, device, reads_text)
+        if digest.result() != plan.model.weights_sha256:
+            raise PlanError(
+                f"the weights of {ref.id} are not those the plan was made for; profile this model and plan again"
+            )
+    return loaded
 
 
 def verify_plan(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,11 +92,18 @@ def compress(
     if not is_finished(partial / shards[0], digest):
         outside = {name: kept[name] for name in rest} | compress_tables(plan, tables)
         write_shard(partial / shards[0], outside, digest)
-    for block in blocks:
-        shard = partial / shards[block.index + 1]
-        if not is_finished(shard, digest):
-            write_shard(shard, compress_block(plan, block.layers()), digest)
-        progress("compressing", block.index + 1, block_count)
+    with ThreadPoolExecutor(1, thread_name_prefix="shards") as writer:
+        writing: Future[None] | None = None  # one shard at most: it stays in memory until it is written
+        for block in blocks:
+            shard = partial / shards[block.index + 1]
+            if not is_finished(shard, digest):
+                tensors = compress_block(plan, block.layers())
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(write_shard, shard, tensors, digest)
+            progress("compressing", block.index + 1, block_count)
+        if writing is not None:
+            writing.result()
     for name, data in beside.items():
         write_atomically(partial / name, data)
     finish(partial, shards, source, quantization_config(plan), plan.total_bytes)

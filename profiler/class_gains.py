@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 Floats = NDArray[np.float64]
 PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -58,6 +57,8 @@ def _held_out_ratios(x_PK: Floats, y_P: Floats, penalty: float) -> Floats:
 
 
 def _fit(x_PK: Floats, y_P: Floats, penalty: float) -> Floats:
+    from scipy.optimize import nnls
+
     start = one_gain(x_PK.sum(axis=1), y_P)
     ridge_KK = math.sqrt(penalty) * np.eye(x_PK.shape[1])
     design = np.concatenate([start * x_PK / y_P[:, None], ridge_KK])

@@ -27,7 +27,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import t as student
+from scipy.special import stdtrit
 from torch import Tensor
 
 from allocator.storage import Option
@@ -155,7 +155,7 @@ def corrected(form: ClosedForm, measurements: Sequence[Measurement]) -> Correcte
         covariance_KK,
         leave_one_out=float(np.sqrt(np.square(ratio_n).mean())),
         widening=max(1.0, float(np.sqrt(np.square(z_n).mean()))),
-        quantile=float(student.ppf((1 + CONFIDENCE) / 2, len(y_n))),
+        quantile=float(stdtrit(len(y_n), (1 + CONFIDENCE) / 2)),
     )
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
 
 from profiler.measurement import Measurement
 
@@ -49,6 +48,8 @@ def fit_error_model(measurements: Sequence[Measurement], n: int) -> ErrorModel:
 
     A layer that every option reproduces (a matrix of zeros, in some checkpoints) has c = 0.
     """
+    from scipy.optimize import least_squares
+
     usable = [m for m in measurements if 0 < m.option.bits < 16 and not m.option.rotated and m.error > FLOOR]
     if not usable:
         return ErrorModel(0.0, 0.0, 1.0, 0.0, 0.0, n, {64: 1.0}, 1.0, 1.0)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from allocator.storage import Option
 
@@ -53,5 +53,5 @@ def calibrate(probes: Sequence[Probe]) -> Gain:
         (p.standard_error / p.measured_kl) ** 2 for p in probes if p.measured_kl > 0 and p.standard_error > 0
     ]
     error = math.sqrt(spread * (1 + 1 / len(ratios)) + (sum(noise) / len(noise) if noise else 0.0))
-    width = float(student.ppf((1 + CONFIDENCE) / 2, max(1, len(ratios) - 1))) * error
+    width = float(stdtrit(max(1, len(ratios) - 1), (1 + CONFIDENCE) / 2)) * error
     return Gain(math.exp(mean), math.exp(mean - width), math.exp(mean + width))

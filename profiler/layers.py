@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 import compressor.plugin  # noqa: F401  registers the checkpoint format
 from compressor.experts import unstack_experts
-from profiler.checkpoint import CheckpointTensors, ModelError, ModelRef
+from profiler.checkpoint import CheckpointTensors, ModelError, ModelRef, check_device
 from profiler.offload import Offload
 
 logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
@@ -242,15 +242,6 @@ def _from_pretrained(ref: ModelRef) -> PreTrainedModel:
         ) from error
     check_weights(ref, sorted(found["missing_keys"]), sorted(found["mismatched_keys"]))
     return model
-
-
-def check_device(device: str) -> None:
-    """Raise `ModelError` when tensors cannot be put on `device` here."""
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ModelError(f"device {device!r} cannot be used ({reason}); try --device cpu") from error
 
 
 def check_weights(ref: ModelRef, missing: list[str], mismatched: list[Any]) -> None:

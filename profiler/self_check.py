@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtrit
 from torch import Tensor
 
 from allocator.problem import Integers
@@ -210,7 +210,7 @@ def checked_gain(plans: Sequence[CheckedPlan]) -> tuple[Gain, bool]:
     spread = sum((ratio - mean) ** 2 for ratio in log_ratio_P) / max(1, len(log_ratio_P) - 1)
     noise = sum((plan.standard_error / plan.measured_kl) ** 2 for plan in usable) / len(usable)
     error = math.sqrt(spread * (1 + 1 / len(usable)) + noise)
-    width = float(student.ppf((1 + CONFIDENCE) / 2, max(1, len(usable) - 1))) * error
+    width = float(stdtrit(max(1, len(usable) - 1), (1 + CONFIDENCE) / 2)) * error
     agree = width <= math.log(WIDEST) / 2
     width = min(width, math.log(WIDEST) / 2)
     return Gain(math.exp(mean), math.exp(mean - width), math.exp(mean + width)), agree
