@@ -1,8 +1,9 @@
 """The do-no-harm gate over many budgets: how often a plan loses to uniform at the same bytes.
 
-`python -m benchmarks.gate MODEL [--calibration FILE …]` profiles a model under several seeds, plans budgets from 2.3 to
-5 bits per weight under each, verifies every plan as `bitrank plan --verify` does, and counts the verdicts. A plan is
-worse if it loses to log-interpolated uniform by more than the measurement's own error, 90 % one-sided.
+`python -m benchmarks.gate MODEL [--calibration FILE …]` profiles a model under several seeds, or takes one `--profile`. It
+plans budgets from 2.3 to 5 bits per weight under each, verifies every plan as `bitrank plan --verify` does, and counts the
+verdicts. A plan is worse if it loses to log-interpolated uniform by more than the measurement's own error, 90 %
+one-sided.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from api.usecases import plan_budget
 from profiler.checkpoint import find_model
 from profiler.gate import verified
 from profiler.layers import open_model
+from profiler.profile import load_profile
 from profiler.run import ProfileSettings, build_profile
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
+    parser.add_argument("--profile", type=Path, help="one that is made already, instead of one for each seed")
     parser.add_argument("--calibration", type=Path, action="append", default=[], help="several are mixed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--budgets", type=int, default=30)
@@ -33,7 +36,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every verification here")
     arguments = parser.parse_args()
     everything = []
-    for seed in arguments.seeds:
+    for seed in [0] if arguments.profile else arguments.seeds:
         found = verifications(arguments, seed)
         everything += found
         ratios = [v["measured_kl"] / v["uniform_kl"] for v in found if v["uniform_kl"]]
@@ -54,7 +57,8 @@ def verifications(arguments: argparse.Namespace, seed: int) -> list[dict[str, ob
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "trials").mkdir()
-        profile = build_profile(ref, folder / "profile", settings, report)
+        made = arguments.profile
+        profile = load_profile(made) if made else build_profile(ref, folder / "profile", settings, report)
         plans = [plan_budget(profile, f"{bits:.3f}bpw") for bits in np.linspace(2.3, 5.0, arguments.budgets)]
         loaded = open_model(ref, arguments.device)
         done = verified(loaded, profile, plans, folder / "trials", report)

@@ -7,10 +7,15 @@ under other scores, each with one gain:
     weight error        ‖ΔW‖²/‖W‖²
     H-weighted          tr(ΔW H ΔWᵀ)/tr(W H Wᵀ)
     isotropic Fisher    ½ mean(diag G) tr(ΔW H ΔWᵀ): gradients and inputs apart, H of all tokens evenly
-    diagonal Fisher     ½ Σ_O G_OO (ΔW H ΔWᵀ)_OO
-    K-FAC               ½ tr(G ΔW H ΔWᵀ); labels drawn once, or exactly: eight draws of a root of diag(p) − ppᵀ
+    diagonal Fisher     ½ Σ_O G_OO (ΔW H ΔWᵀ)_OO, apart
+    K-FAC               ½ tr(G ΔW H ΔWᵀ), apart
+    one weight a token  ½ E[mean(g²) ‖ΔW x‖²]
+    with shares of rows the same, every row times its share of E[g²]: what profiles use
+    joint diagonal      ½ E[Σ_O g_O² (ΔW x)_O²]
+    joint Fisher        ½ E[(g · ΔW x)²]
     noise slope         ‖ΔW‖²/‖W‖², times the KL that Gaussian noise of a tenth of the weights' norm costs (HIGGS)
     per-layer KL        the error, times the KL of this layer alone at 3 bits over its error there
+    the profile         its own price, with the corrections of its check
 
 It also measures pairs of layers together, against the sum of each alone.
 """
@@ -32,6 +37,7 @@ from torch import Tensor, nn
 from allocator.problem import Integers
 from allocator.storage import KEEP, KEEP_BITS, Option
 from api.progress import progress
+from benchmarks.pricing import gathered, prices
 from profiler.calibration import text_tokens
 from profiler.checkpoint import find_model
 from profiler.evaluation import compare, stored_logits
@@ -50,30 +56,31 @@ from profiler.trial import BATCH_ON_CUDA, measure_trials, trial_of, trial_weight
 PLANS = 40
 PROBE = Option(3, 0, 64, 0)
 NOISE = 0.1
-EXACT_DRAWS = 8
+JOINT_WINDOWS = 16
+"""Windows of which every token's input and gradient are kept, for the scores that need them together."""
+JOINT = {
+    "token": "one weight a token",
+    "rows": "with shares of rows",
+    "diagonal": "joint diagonal",
+    "Fisher": "joint Fisher",
+}
 Scores = dict[str, dict[tuple[str, Option], float]]
 
 
-def fisher_moments(loaded: LoadedModel, tokens_NT: Tensor, draws: int) -> dict[str, Tensor]:
-    """G (O, O) of every layer per token. draws 0: one label drawn from p; else that many draws of √p·ε − p(√p·ε)."""
+def fisher_moments(loaded: LoadedModel, tokens_NT: Tensor) -> dict[str, Tensor]:
+    """G (O, O) of every layer per token, one label drawn from p."""
     total = {layer.name: torch.zeros(layer.rows, layer.rows, device=loaded.device) for layer in loaded.layers}
     generator = torch.Generator(device=loaded.device).manual_seed(0)
     handles = [_watch(loaded.model, name, total[name]) for name in total]
     for window_1T in tokens_NT.split(1):
-        for _ in range(max(1, draws)):
-            embedded = loaded.model.get_input_embeddings()(window_1T.to(loaded.device)).requires_grad_()
-            logits_TV = loaded.model(inputs_embeds=embedded, use_cache=False).logits[0].float()
-            p_TV = logits_TV.detach().softmax(-1)
-            if draws:
-                root_TV = p_TV.sqrt() * torch.randn(p_TV.shape, generator=generator, device=p_TV.device)
-                seed_TV = root_TV - p_TV * root_TV.sum(-1, keepdim=True)
-            else:
-                drawn_T1 = torch.multinomial(p_TV, 1, generator=generator)
-                seed_TV = p_TV.scatter_add(1, drawn_T1, torch.full_like(p_TV[:, :1], -1))
-            logits_TV.backward(seed_TV)
+        embedded = loaded.model.get_input_embeddings()(window_1T.to(loaded.device)).requires_grad_()
+        logits_TV = loaded.model(inputs_embeds=embedded, use_cache=False).logits[0].float()
+        p_TV = logits_TV.detach().softmax(-1)
+        drawn_T1 = torch.multinomial(p_TV, 1, generator=generator)
+        logits_TV.backward(p_TV.scatter_add(1, drawn_T1, torch.full_like(p_TV[:, :1], -1)))
     for handle in handles:
         handle.remove()
-    return {name: moment / (tokens_NT.numel() * max(1, draws)) for name, moment in total.items()}
+    return {name: moment / tokens_NT.numel() for name, moment in total.items()}
 
 
 def _watch(model: nn.Module, name: str, total_OO: Tensor) -> torch.utils.hooks.RemovableHandle:
@@ -106,7 +113,9 @@ def scores(profile: Profile, device: str, wanted: dict[str, set[Option]], folder
     opened, tokens_NT = open_model(ref, device), profile.calibration_tokens()
     with torch.enable_grad():
         whole = load_model(ref, device)
-        moments = {draws: fisher_moments(whole, tokens_NT, draws) for draws in (0, EXACT_DRAWS)}
+        moments = fisher_moments(whole, tokens_NT)
+        joint_NT = tokens_NT[:JOINT_WINDOWS]
+        seen = gathered(whole, joint_NT)
     layer_of = {layer.name: layer for layer in opened.layers}
     found: Scores = {}
     share: dict[str, float] = {}
@@ -125,12 +134,13 @@ def scores(profile: Profile, device: str, wanted: dict[str, set[Option]], folder
                 trace = output_OO.trace().item()
                 add("weight error", key, delta_OI.square().sum().item() / norm)
                 add("H-weighted", key, trace / signal)
-                for draws, label in ((0, "drawn labels"), (EXACT_DRAWS, "exact KL")):
-                    moment_OO = moments[draws][work.name]
-                    add(f"isotropic Fisher, {label}", key, moment_OO.diagonal().mean().item() * trace / 2)
-                    diagonal = moment_OO.diagonal() @ output_OO.diagonal()
-                    add(f"diagonal Fisher, {label}", key, diagonal.item() / 2)
-                    add(f"K-FAC, {label}", key, (moment_OO * output_OO).sum().item() / 2)
+                moment_OO = moments[work.name]
+                add("isotropic Fisher", key, moment_OO.diagonal().mean().item() * trace / 2)
+                add("diagonal Fisher", key, (moment_OO.diagonal() @ output_OO.diagonal()).item() / 2)
+                add("K-FAC", key, (moment_OO * output_OO).sum().item() / 2)
+                joint = prices(delta_OI, *seen[work.name], joint_NT.numel()) if work.name in seen else {}
+                for price, label in JOINT.items():
+                    add(label, key, joint.get(price, 0.0))
             share[work.name] = norm
     generator = torch.Generator(device=opened.device).manual_seed(0)
     names = list(layer_of)
@@ -242,6 +252,8 @@ def report(profile: Profile, arguments: argparse.Namespace, work: Path) -> None:
             rank, spread = merit(predicted_P, measured_P)
             print(f"  {score:34} {rank:8.4f} {spread:12.4f}")
             document[score] = predicted_P.tolist()
+        rank, spread = merit(before_P, measured_P)
+        print(f"  {'the profile':34} {rank:8.4f} {spread:12.4f}")
     if arguments.json:
         arguments.json.write_text(json.dumps(document))
 
