@@ -142,8 +142,9 @@ def plan_budget(
 
 def with_warnings(plan: Plan, profile: Profile) -> Plan:
     """The plan with what its profile warns of, and what it measured of a plan near this size."""
+    warnings = profile.warnings if plan.verification is None else profile.warnings_once_verified
     checked = profile.described_check(plan.total_bytes)
-    return plan.model_copy(update={"warnings": profile.warnings, "checked": checked})
+    return plan.model_copy(update={"warnings": warnings, "checked": checked})
 
 
 def planner_for(profile: Profile, target: str | None) -> Planner:
@@ -401,9 +402,9 @@ def verify_plan(
     free = plan.strategy == "optimal" and plan.target is None and not constrained
     loaded = original_of(plan, device, None)
     with TemporaryDirectory(prefix="bitrank-verify-") as folder:
-        return verified(loaded, profile.offering(plan), [plan], Path(folder), progress, SWAPS if free else 0)[
-            0
-        ]
+        swaps = SWAPS if free else 0
+        (found,) = verified(loaded, profile.offering(plan), [plan], Path(folder), progress, swaps)
+    return with_warnings(found, profile)
 
 
 def calibrate_profile(
@@ -480,7 +481,15 @@ def recover_checkpoint(
 
     request = " ".join((weights_sha256(ref), weights_sha256(original), tokens_sha256(tokens_NT)))
     return recover(
-        loaded.model, logits, tokens_NT.to(device), ref.path, output.resolve(), settings, progress, request
+        loaded.model,
+        logits,
+        tokens_NT.to(device),
+        teacher.first_scored,
+        ref.path,
+        output.resolve(),
+        settings,
+        progress,
+        request,
     )
 
 

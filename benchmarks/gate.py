@@ -1,9 +1,9 @@
 """The do-no-harm gate over many budgets: how often a plan loses to uniform at the same bytes.
 
-`python -m benchmarks.gate MODEL [--calibration FILE …]` profiles a model under several seeds, or takes one `--profile`. It
-plans budgets from 2.3 to 5 bits per weight under each, verifies every plan as `bitrank plan --verify` does, and counts the
-verdicts. A plan is worse if it loses to log-interpolated uniform by more than the measurement's own error, 90 %
-one-sided.
+`python -m benchmarks.gate MODEL [--calibration FILE …]` profiles a model under several seeds, or takes one `--profile`.
+It plans budgets from 2.3 to 5 bits per weight under each, verifies every plan as `bitrank plan --verify` does, and
+counts the verdicts. A plan is worse if it loses to log-interpolated uniform by more than the measurement's own error,
+90 % one-sided.
 """
 
 from __future__ import annotations

@@ -71,7 +71,8 @@ def main() -> None:
     rungs = {f"{name} {side}": partial(planned, plan) for (name, side), plan in wanted.items()}
     print(f"{profile.document.model.id}: KL in nats per token, predicted and measured")
     with TemporaryDirectory() as folder:
-        kl = measured(loaded, profile.calibration_tokens(), tokens_NT, rungs, Path(folder))
+        calibration_NT, weights = profile.calibration()
+        kl = measured(loaded, calibration_NT, tokens_NT, rungs, Path(folder), weights)
         for name, both in compared.items():
             plain, rotated = (kl[f"{name} {side}"][0] for side in (0, 1))
             layers = both[1].layers.values()

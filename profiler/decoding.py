@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from profiler.checkpoint import ModelError
+
 Step = Callable[[Tensor], Tensor]
 """Given the next token of every window, int64 (n, 1), the logits after it, (n, V)."""
 WARM_UPS = 2
@@ -26,12 +28,20 @@ WARM_UPS = 2
 
 
 def eager_step(model: PreTrainedModel) -> Step:
-    """The step as transformers runs it, from the start of every window."""
+    """The step as transformers runs it, from the start of every window.
+
+    It raises `ModelError` for a model that keeps no `past_key_values`.
+    """
     cache: Cache | None = None
 
     def step(token_n1: Tensor) -> Tensor:
         nonlocal cache
         output = model(token_n1, past_key_values=cache, use_cache=True)
+        if not hasattr(output, "past_key_values"):
+            raise ModelError(
+                f"{type(model).__name__} keeps no keys and values from which to go on with a text, so none is sampled;"
+                " give --calibration FILE"
+            )
         cache = output.past_key_values
         logits_nV: Tensor = output.logits[:, -1]
         return logits_nV
@@ -43,7 +53,7 @@ def static_cache(model: PreTrainedModel, length: int) -> Cache | None:
     """A cache of fixed memory for windows of `length` tokens; None for a model that keeps more than keys and values
     of every token."""
     start_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    cache = model(start_11, use_cache=True).past_key_values
+    cache = getattr(model(start_11, use_cache=True), "past_key_values", None)
     plain = {DynamicLayer, DynamicSlidingWindowLayer}
     if not isinstance(cache, Cache) or not {type(layer) for layer in cache.layers} <= plain:
         return None

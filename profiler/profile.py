@@ -260,14 +260,28 @@ class Profile:
         """What whoever plans from this profile should know, one sentence each."""
         return tuple(self._warnings())
 
+    @property
+    def warnings_once_verified(self) -> tuple[str, ...]:
+        """What remains of `warnings` for a plan that was measured beside uniform."""
+        check = set(self._warnings_of_check())
+        return tuple(warning for warning in self.warnings if warning not in check)
+
     def _warnings(self) -> Iterator[str]:
-        check, gain = self.document.check, self.document.gain
         if not (self.path / TOKEN_WEIGHTS).exists():
             yield (
                 "this profile was made by an earlier version, which prices with the means of gradients and activations"
                 " apart; on many models that is wrong by factors, so profile the model again"
             )
             return
+        yield from self._warnings_of_check()
+        if self.document.check is not None and self.document.unweighted:
+            yield (
+                f"{len(self.document.unweighted)} matrices, the first {self.document.unweighted[0]}, have no gradient"
+                " of their own, so that their share of the loss is not known"
+            )
+
+    def _warnings_of_check(self) -> Iterator[str]:
+        check, gain = self.document.check, self.document.gain
         if check is None or not check.plans:
             yield (
                 "this profile could not check itself, because its grid lacks 2, 3 and 4 bits at group 64 or nothing"
@@ -289,11 +303,6 @@ class Profile:
                 " predicted, more than the interval covers; run `bitrank calibrate`, or verify every plan with"
                 " --verify"
             )
-        if self.document.unweighted:
-            yield (
-                f"{len(self.document.unweighted)} matrices, the first {self.document.unweighted[0]}, have no gradient"
-                " of their own, so that their share of the loss is not known"
-            )
 
     def described_check(self, total_bytes: int) -> str:
         """What the self-check measured of its plan nearest to a size, in one sentence; empty where there is none."""
@@ -304,8 +313,9 @@ class Profile:
         uniform = "" if plan.uniform_kl is None else f", uniform at the same bytes {plan.uniform_kl:.4f}"
         return (
             f"when the profile was made, its plan of {plan.bits_per_weight:.2f} bits per weight lost"
-            f" {plan.measured_kl:.4f} ± {plan.standard_error:.4f} nats/token"
-            f" (predicted {plan.predicted_kl * self.document.gain.mean:.4f}){uniform}"
+            f" {plan.measured_kl:.4f} ± {plan.standard_error:.4f} nats/token on held-back windows of its calibration"
+            f" text (predicted {plan.predicted_kl * self.document.gain.mean:.4f}){uniform};"
+            " on text of another kind a plan can lose more than twice as much"
         )
 
     def calibration(self) -> tuple[Tensor, TokenWeights | None]:

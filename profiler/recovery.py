@@ -173,6 +173,7 @@ def recover(
     student: nn.Module,
     teacher: Callable[[Tensor], Tensor],
     tokens_NT: Tensor,
+    first_scored: int,
     source: Path,
     output: Path,
     settings: RecoverySettings,
@@ -182,7 +183,8 @@ def recover(
     """Train the scales of `student`, the model of the checkpoint in `source`, and write the checkpoint with them, or as
     it was where they did not help.
 
-    teacher: logits (N, T, vocabulary) of the original for windows (N, T). request: what the result depends on beside
+    teacher: logits (N, T, vocabulary) of the original for windows (N, T). first_scored: the first position of a window
+    whose logits count (`LoadedModel.first_scored`). request: what the result depends on beside
     the settings, so that an interrupted run of the same is resumed and of another is not. Raises `WorkError` when the
     output is occupied.
     """
@@ -192,9 +194,9 @@ def recover(
     layers = make_trainable(student)
     request = json.dumps([request, asdict(settings)])
     train_NT, held_NT = held_back(tokens_NT)
-    before_kl = kl_nats(student, teacher, held_NT)
-    train(student, teacher, train_NT, partial / STATE, settings, progress, request)
-    found = Recovered(before_kl, kl_nats(student, teacher, held_NT))
+    before_kl = kl_nats(student, teacher, held_NT, first_scored)
+    train(student, teacher, train_NT, first_scored, partial / STATE, settings, progress, request)
+    found = Recovered(before_kl, kl_nats(student, teacher, held_NT, first_scored))
     write_checkpoint(source, partial, layers if found.helped else {})
     (partial / STATE).unlink(missing_ok=True)
     put_in_place(partial, output)
@@ -208,16 +210,21 @@ def held_back(tokens_NT: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def kl_nats(student: nn.Module, teacher: Callable[[Tensor], Tensor], tokens_NT: Tensor) -> float:
-    """KL(original ‖ student), nats per token."""
-    return sum(_divergence(student, teacher, window_1T).item() for window_1T in tokens_NT.split(1)) / len(
-        tokens_NT
-    )
+def kl_nats(
+    student: nn.Module, teacher: Callable[[Tensor], Tensor], tokens_NT: Tensor, first_scored: int
+) -> float:
+    """KL(original ‖ student), nats per token, over the positions from `first_scored` on."""
+    found = [
+        _divergence(student, teacher, window_1T, first_scored).item() for window_1T in tokens_NT.split(1)
+    ]
+    return sum(found) / len(found)
 
 
-def _divergence(student: nn.Module, teacher: Callable[[Tensor], Tensor], window_NT: Tensor) -> Tensor:
-    log_p_NTV = teacher(window_NT).float().log_softmax(-1)
-    log_q_NTV = student(window_NT, use_cache=False).logits.float().log_softmax(-1)
+def _divergence(
+    student: nn.Module, teacher: Callable[[Tensor], Tensor], window_NT: Tensor, first_scored: int
+) -> Tensor:
+    log_p_NTV = teacher(window_NT)[:, first_scored:].float().log_softmax(-1)
+    log_q_NTV = student(window_NT, use_cache=False).logits[:, first_scored:].float().log_softmax(-1)
     return divergence(log_p_NTV, log_q_NTV).mean()
 
 
@@ -225,6 +232,7 @@ def train(
     student: nn.Module,
     teacher: Callable[[Tensor], Tensor],
     tokens_NT: Tensor,
+    first_scored: int,
     state: Path,
     settings: RecoverySettings,
     progress: Progress,
@@ -237,7 +245,7 @@ def train(
     for step in range(done, settings.steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
         window_NT = tokens_NT[chosen_windows(step, len(tokens_NT), settings)]
-        loss = _divergence(student, teacher, window_NT)
+        loss = _divergence(student, teacher, window_NT, first_scored)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

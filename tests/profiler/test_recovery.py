@@ -78,7 +78,7 @@ def recovered(
 
     student = load_model(find_model(str(source))).model
     tokens_NT = profile.calibration_tokens()
-    recover(student, logits, tokens_NT, source, output, settings, progress, "the request")
+    recover(student, logits, tokens_NT, 0, source, output, settings, progress, "the request")
     return {file.name: file.read_bytes() for file in output.iterdir()}
 
 
