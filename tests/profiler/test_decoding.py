@@ -85,10 +85,11 @@ def test_logits_of_another_model_are_noticed(model_directory: Callable[[str], Pa
     loaded = load_model(find_model(str(model_directory("llama"))))
     tokens_NT = drawn_tokens()
     with torch.inference_mode():
-        logits_nV = loaded.model(tokens_NT[:, :-1]).logits[:, -1]
-        assert calibration._agrees(loaded, tokens_NT, logits_nV)
-        assert not calibration._agrees(loaded, tokens_NT, 1.1 * logits_nV)
-        assert not calibration._agrees(loaded, tokens_NT, logits_nV.roll(1, dims=1))
+        logits_TV = loaded.model(tokens_NT[:1, :-1]).logits[0]
+        seen = {t: logits_TV[t] for t in (7, LENGTH - 2)}
+        assert calibration._agrees(loaded, tokens_NT, seen)
+        assert not calibration._agrees(loaded, tokens_NT, seen | {7: 1.1 * logits_TV[7]})
+        assert not calibration._agrees(loaded, tokens_NT, seen | {7: logits_TV[8]})
 
 
 def test_a_model_that_masks_by_the_length_of_its_cache_is_noticed(
@@ -97,10 +98,11 @@ def test_a_model_that_masks_by_the_length_of_its_cache_is_noticed(
     loaded = load_model(find_model(str(model_directory("gpt_neo"))))
     tokens_NT, cache = drawn_tokens(), static_cache(loaded.model, LENGTH)
     with torch.inference_mode():
-        for t in range(LENGTH - 1):
-            token_n1 = tokens_NT[:, t : t + 1]
-            logits_nV = loaded.model(token_n1, past_key_values=cache, use_cache=True).logits[:, -1]
-        assert not calibration._agrees(loaded, tokens_NT, logits_nV)
+        steps = [
+            loaded.model(token_n1, past_key_values=cache, use_cache=True).logits[0, -1]
+            for token_n1 in tokens_NT[:, :-1].split(1, dim=1)
+        ]
+        assert not calibration._agrees(loaded, tokens_NT, dict(enumerate(steps)))
 
 
 @on_card
