@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from allocator.errors import BitrankError
-from profiler.decoding import Step, eager_step, recorded_step
+from profiler.decoding import Step, appended_step, eager_step, recorded_step
 from profiler.layers import LoadedModel, check_finite, read_text
 
 LINES_TOKENIZED = 1000
@@ -31,7 +31,7 @@ OPENED_SHARE = 0.75
 MOST_AT_ONCE = 128
 STEPS_REPORTED = 32
 STEP_TOLERANCE = 0.01
-"""Relative distance of logits beyond which a recorded step is not trusted, and windows are drawn again without it."""
+"""Relative distance of logits beyond which a fast step is not trusted, and windows are drawn again without it."""
 MOST_UNKNOWN = 0.5
 """A text with a larger share of unknown tokens is refused."""
 Progress = Callable[[str, int, int], None]
@@ -239,9 +239,11 @@ def _sampled(
     for row, tokens in enumerate(told):
         told_nT[row, : len(tokens)] = torch.tensor(tokens)
     told_nT = told_nT.to(loaded.device)
-    if loaded.device.type == "cuda" and (step := recorded_step(loaded.model, len(told), length)):
+    on_cuda = loaded.device.type == "cuda"
+    fast = recorded_step(loaded.model, len(told), length) if on_cuda else appended_step(loaded.model, length)
+    if fast is not None:
         state = generator.get_state()
-        tokens_nT, seen = _drawn_windows(loaded, step, told_nT, generator, progress)
+        tokens_nT, seen = _drawn_windows(loaded, fast, told_nT, generator, progress)
         if _agrees(loaded, tokens_nT, seen):
             return tokens_nT.cpu()
         generator.set_state(state)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, MambaConfig, Mi
 from profiler import calibration
 from profiler.calibration import sample_tokens
 from profiler.checkpoint import ModelError, find_model
-from profiler.decoding import Step, eager_step, recorded_step, static_cache
+from profiler.decoding import Step, appended_step, eager_step, recorded_step, static_cache
 from profiler.layers import load_model
 
 ARCHITECTURES = ("gpt2", "llama", "mixtral", "opt")
@@ -64,6 +64,27 @@ def test_a_cache_of_fixed_memory_gives_the_same_logits(
     architecture: str, model_directory: Callable[[str], Path]
 ) -> None:
     check_steps(load_model(find_model(str(model_directory(architecture)))).model)
+
+
+@pytest.mark.parametrize("architecture", (*ARCHITECTURES, "gpt_neo"))
+def test_keys_appended_in_place_give_the_same_logits(
+    architecture: str, model_directory: Callable[[str], Path]
+) -> None:
+    model = load_model(find_model(str(model_directory(architecture)))).model
+    tokens_NT = drawn_tokens()
+    with torch.inference_mode():
+        appended, eager = appended_step(model, LENGTH), eager_step(model)
+        assert appended is not None
+        for t in range(LENGTH):
+            token_n1 = tokens_NT[:, t : t + 1]
+            torch.testing.assert_close(appended(token_n1), eager(token_n1), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_see_less_than_a_window_are_left_to_transformers() -> None:
+    model = AutoModelForCausalLM.from_config(SLIDING["mistral"]).eval()
+    with torch.inference_mode():
+        assert appended_step(model, LENGTH) is None
+        assert appended_step(model, 8) is not None
 
 
 @pytest.mark.parametrize("architecture", SLIDING)
