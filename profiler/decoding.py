@@ -30,7 +30,7 @@ WARM_UPS = 2
 
 
 def eager_step(model: PreTrainedModel, cache: Cache | None = None) -> Step:
-    """The step as transformers runs it, from the start of every window; cache: an empty one, the model's own where None.
+    """The step as transformers runs it, from the start of every window; cache: an empty one, or the model's own.
 
     It raises `ModelError` for a model that keeps no `past_key_values`.
     """
