@@ -18,7 +18,7 @@ from torch import Tensor
 
 from allocator.errors import BitrankError
 from allocator.storage import KEEP_BITS, Option, ceil_div
-from compressor.alternation import Problem, Starts, alternate, descended_of, quantized_of
+from compressor.alternation import InitCache, Problem, alternate, descended_of, quantized_of
 from compressor.curvature import Curvature
 from compressor.decomposition import Decomposition, by_column
 from compressor.incoherence import turned
@@ -52,19 +52,28 @@ def decompose(
     assert all(option.heads == 1 or option.bits == 0 for option in options)
     for option in options:
         _check_rank(rows, columns, option)
-    distinct = {id(w_OI): w_OI for w_OI in weights}
-    of_weight = {key: (by_column(w_OI), largest_of(w_OI)) for key, w_OI in distinct.items()}
+    distinct = _distinct(weights)
+    of_matrix = [(by_column(w_OI), largest_of(w_OI)) for w_OI in distinct]
+    numbers = [next(k for k, other in enumerate(distinct) if other is w_OI) for w_OI in weights]
     problems = [
-        Problem(p, *of_weight[id(w_OI)], option)
-        for p, (w_OI, option) in enumerate(zip(weights, options, strict=True))
+        Problem(p, k, *of_matrix[k], option)
+        for p, (k, option) in enumerate(zip(numbers, options, strict=True))
     ]
     batch = max(1, elements // (rows * columns))
     yield from _solved([p for p in problems if not p.option.rotated], curvature, rounds, batch)
     if left := [p for p in problems if p.option.rotated]:
-        distinct = {id(p.weight_OI): p.weight_OI for p in left}
-        weight_of = {key: by_column(turned(w_OI)) for key, w_OI in distinct.items()}
-        left = [replace(p, weight_OI=weight_of[id(p.weight_OI)]) for p in left]
+        turned_of = {k: by_column(turned(of_matrix[k][0])) for k in {p.matrix for p in left}}
+        left = [replace(p, weight_OI=turned_of[p.matrix]) for p in left]
         yield from _solved(left, curvature.rotated, rounds, batch)
+
+
+def _distinct(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Every matrix once, in the order of first mention."""
+    found: list[Tensor] = []
+    for w_OI in weights:
+        if not any(other is w_OI for other in found):
+            found.append(w_OI)
+    return found
 
 
 def _solved(
@@ -75,18 +84,19 @@ def _solved(
     low_rank = [problem for problem in problems if problem.option.bits == 0 and problem.option.heads == 1]
     head_wise = [problem for problem in problems if problem.option.heads > 1]
     mixed = [problem for problem in problems if problem.option.bits and problem.option.rank]
-    starts = Starts(curvature, mixed + low_rank)
+    cache = InitCache(curvature, mixed + low_rank)
     for chunk in _batches(plain, batch):
         quantized = quantized_of(chunk, curvature.factor)
-        starts.offer(chunk, quantized)
+        cache.offer(chunk, quantized)
         for problem, better in zip(chunk, descended_of(chunk, quantized, curvature), strict=True):
             yield problem.place, Decomposition(problem.option, better, None)
     for problem in low_rank:
-        yield problem.place, Decomposition(problem.option, None, starts.part(problem).fit.factors)
+        yield problem.place, Decomposition(problem.option, None, cache.part(problem).fit.factors)
     for problem in head_wise:
         yield problem.place, Decomposition(problem.option, None, _of_heads(problem, curvature))
     for chunk in _batches(mixed, batch):
-        yield from ((s.problem.place, s.best) for s in alternate(chunk, curvature, starts, rounds))
+        found = alternate(chunk, curvature, cache, rounds)
+        yield from zip((problem.place for problem in chunk), found, strict=True)
 
 
 def _check_rank(rows: int, columns: int, option: Option) -> None:

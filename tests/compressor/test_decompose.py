@@ -212,6 +212,6 @@ def test_where_few_channels_hold_most_of_the_hessian_taking_them_out_pays(
     w_OI, hessian_II = normal(96, 128), outlying(correlated, 128, 6)
     option = Option(bits, 16, 64, factor_bits)
     (with_it,) = carry_out(w_OI, hessian_II, [option])
-    monkeypatch.setattr(alternation, "ABSORBING_ROUNDS", 0)
+    monkeypatch.setattr(alternation, "DEFLATION_ROUNDS", 0)
     (without,) = carry_out(w_OI, hessian_II, [option])
     assert with_it < 0.85 * without
