@@ -164,8 +164,8 @@ def settle(move_codes: Callable[..., None], state: _State, start: int, end: int)
     moving = pull_CR, moved_CR, state.code_IR[block], state.scale_SR[slots]
     move_codes(*moving, damped_CC, state.maximum_P)
     for group_size, rows in _runs(state.group_sizes, pull_CR.shape[1] // len(state.group_sizes)):
-        moving_run = (part[:, rows] for part in (*moving, state.zero_SR[slots]))
-        move_scales(*moving_run, damped_CC, group_size)
+        pull, moved, code, scale, zero = (part[:, rows] for part in (*moving, state.zero_SR[slots]))
+        move_scales(pull, moved, code, scale, zero, damped_CC, group_size)
     move_codes(*moving, damped_CC, state.maximum_P)
     state.change_IR[block].put(moved_CR)
 

@@ -7,6 +7,8 @@ transformers keeps the experts of a block as 3-D parameters (`gate_up_proj` (E, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -31,12 +33,14 @@ class ExpertList(nn.ModuleList):
     apart without the plug-in fails on its shape instead of leaving the stack at random.
     """
 
+    act_fn: Callable[[Tensor], Tensor]
+
     def __init__(self, stack: nn.Module) -> None:
-        super().__init__(
-            Expert(gate_up, down) for gate_up, down in zip(stack.gate_up_proj, stack.down_proj, strict=True)
-        )
+        gate_ups, downs = stack.get_parameter("gate_up_proj"), stack.get_parameter("down_proj")
+        super().__init__(Expert(gate_up, down) for gate_up, down in zip(gate_ups, downs, strict=True))
+        assert callable(stack.act_fn)
         self.act_fn = stack.act_fn
-        self.gate_up_proj = nn.Parameter(stack.gate_up_proj.new_empty(0), requires_grad=False)
+        self.gate_up_proj = nn.Parameter(gate_ups.new_empty(0), requires_grad=False)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, k) -> (tokens, hidden)."""

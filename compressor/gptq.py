@@ -59,7 +59,8 @@ def strict_inverse_factor(hessian_II: Tensor, damping: float = DAMPING) -> Tenso
 def _inverted(reversed_II: Tensor) -> Tensor:
     """U from the Cholesky factor of J H J."""
     one_II = torch.eye(len(reversed_II), device=reversed_II.device)
-    return torch.linalg.solve_triangular(reversed_II.flip(0, 1), one_II, upper=True).contiguous()
+    factor_II: Tensor = torch.linalg.solve_triangular(reversed_II.flip(0, 1), one_II, upper=True)
+    return factor_II.contiguous()
 
 
 def _damped_cholesky(hessian_II: Tensor, damping: float) -> Tensor:
@@ -207,11 +208,12 @@ class _State:
         bits: Sequence[int],
         group_sizes: Sequence[int],
     ) -> _State:
-        scale_SR = w_IR.new_empty(ceil_div(len(w_IR), LEAF), w_IR.shape[1])
+        columns, rows = w_IR.shape
+        scale_SR = w_IR.new_empty(ceil_div(columns, LEAF), rows)
         _, diagonal = factor.bounds
         return cls(
             w_IR,
-            Operand.empty(*w_IR.shape, w_IR.device, largest / diagonal * ROOM),
+            Operand.empty(columns, rows, w_IR.device, largest / diagonal * ROOM),
             torch.empty_like(w_IR, dtype=torch.uint8),
             scale_SR,
             torch.empty_like(scale_SR),

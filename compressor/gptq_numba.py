@@ -50,8 +50,14 @@ def round_block(
     """Round columns start to end, at most 128, in place, as `gptq._compiled` says."""
     block, slots = slice(start, end), slice(start // LEAF, None)
     rows = w_IR.shape[1] // len(group_sizes)
-    columns = (w_IR[block], error_IR[block].values, code_IR[block], scale_SR[slots], zero_SR[slots])
-    arrays = [t.numpy() for t in (*columns, factor_II[block, block].contiguous())]
+    arrays = (
+        w_IR[block].numpy(),
+        error_IR[block].values.numpy(),
+        code_IR[block].numpy(),
+        scale_SR[slots].numpy(),
+        zero_SR[slots].numpy(),
+        factor_II[block, block].contiguous().numpy(),
+    )
     maximum = maximum_P.tolist()
 
     def round_tiles(tiles: Sequence[tuple[int, int, int]]) -> None:
@@ -72,7 +78,13 @@ def move_codes(
     """Move the codes of one block in place; shapes and contents as for `descent.move_codes`."""
     rows = pull_bR.shape[1] // len(maximum_P)
     moved_bR = torch.empty_like(pull_bR)
-    arrays = [t.numpy() for t in (pull_bR, moved_bR, code_bR, scale_SR, damped_bb.contiguous())]
+    arrays = (
+        pull_bR.numpy(),
+        moved_bR.numpy(),
+        code_bR.numpy(),
+        scale_SR.numpy(),
+        damped_bb.contiguous().numpy(),
+    )
     maximum = maximum_P.tolist()
 
     def move_tiles(tiles: Sequence[tuple[int, int, int]]) -> None:

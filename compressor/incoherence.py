@@ -43,7 +43,8 @@ def rotation(size: int, device: torch.device, dtype: torch.dtype = torch.float32
         h_bb = torch.ones(1, 1)
         while len(h_bb) < block:
             h_bb = torch.cat([torch.cat([h_bb, h_bb], 1), torch.cat([h_bb, -h_bb], 1)])
-        return (h_bb * signs_b / block**0.5).to(device, dtype)
+        rotation_bb: Tensor = h_bb * signs_b / block**0.5
+        return rotation_bb.to(device, dtype)
 
 
 def rotated(x: Tensor, rotation_bb: Tensor) -> Tensor:

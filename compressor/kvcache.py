@@ -62,7 +62,8 @@ class Bases:
         parts = coefficient_BTR.split(self.ranks, dim=-1)
         pairs = zip(parts, self.blocks, strict=True)
         x_BTn = torch.cat([a_BTr @ block_cr.T.to(a_BTr) for a_BTr, block_cr in pairs], dim=-1)
-        return x_BTn.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        x_BTHd: Tensor = x_BTn.unflatten(2, (self.heads, -1))
+        return x_BTHd.transpose(1, 2)
 
 
 Stored = tuple[Tensor, ...]
@@ -160,7 +161,7 @@ class LowRankLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, keys: Side, values: Side, rotary: Rotary | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in transformers
         self.sides = keys, values
         self.rotary = rotary if isinstance(keys, Projected) else None
         self.reset()
@@ -232,4 +233,4 @@ class LowRankCache(Cache):
 
     def held_bytes(self) -> int:
         """Bytes of all bases and coefficients."""
-        return sum(layer.held_bytes() for layer in self.layers)
+        return sum(layer.held_bytes() for layer in self.layers if isinstance(layer, LowRankLayer))

@@ -36,6 +36,7 @@ from compressor.kvcache import (
     Unrounded,
 )
 from compressor.kvranks import KINDS, CacheError, CoefficientBits, Ranks, stored_plainly
+from compressor.linear import weight_of
 from compressor.worker import with_metadata
 
 FILE = "kv_cache.bases"
@@ -159,7 +160,7 @@ def rotary_of(model: PreTrainedModel) -> Rotary | None:
     kind = getattr(module, "rope_type", "default")
     if kind in ("dynamic", "longrope"):
         raise CacheError(f"{name} turns keys by angles that change with the length ({kind}); not supported")
-    device = model.get_input_embeddings().weight.device
+    device = weight_of(model.get_input_embeddings()).device
 
     @lru_cache(maxsize=1)  # every layer asks for the same
     def angles(tokens: int) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,13 @@ HIDDEN_PARTS = 8
 """Parts of R·x, which has few rows, at which as many multiprocessors work."""
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """`module.weight`, which torch only knows to be a tensor or a module."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def matrix_names(name: str) -> tuple[str, str, str]:
     """Names of a quantized matrix's codes, scales and zero points within its layer."""
     return name, f"{name}_scale", f"{name}_zero"
@@ -68,6 +75,14 @@ class CompressedLinear(nn.Module):
 
     Takes the place of `nn.Linear` (and of GPT-2's `Conv1D`) with `columns` inputs and `rows` outputs.
     """
+
+    # As registered; which of them there are, the option says.
+    weight: Tensor
+    weight_scale: Tensor
+    left: Tensor
+    left_scale: Tensor
+    right: Tensor
+    bias: Tensor | None
 
     def __init__(self, rows: int, columns: int, option: Option, bias: bool) -> None:
         super().__init__()

@@ -69,7 +69,8 @@ def product(left_rO: Tensor, right_rI: Tensor, heads: int) -> Tensor:
     """L·R (O, I) from factors as `Factors` stores them."""
     if heads == 1:
         return left_rO.T @ right_rI
-    return (left_rO.unflatten(0, (heads, -1)).mT @ right_rI.unflatten(0, (heads, -1))).flatten(0, 1)
+    product_HoI: Tensor = left_rO.unflatten(0, (heads, -1)).mT @ right_rI.unflatten(0, (heads, -1))
+    return product_HoI.flatten(0, 1)
 
 
 def dense(factor: Quantized | Tensor) -> Tensor:
@@ -130,7 +131,8 @@ def leading_directions(weighted: Sequence[Operand], rank: int) -> Tensor:
     basis_POk = _trusted(iterated)
     seen_PIk = _seen(weighted, basis_POk)
     _, vector_Pkk = torch.linalg.eigh((seen_PIk.mT @ seen_PIk).double())
-    return (basis_POk.double() @ vector_Pkk.flip(-1)[..., :rank]).float()
+    leading_POr: Tensor = basis_POk.double() @ vector_Pkk.flip(-1)[..., :rank]
+    return leading_POr.float()
 
 
 def sharpened(weighted: Sequence[Operand], bases: Sequence[Tensor]) -> list[Tensor]:
@@ -213,7 +215,8 @@ def _by_cholesky(tall_Pnk: Tensor) -> tuple[Tensor, Tensor]:
 def _inverse(lower_Pkk: Tensor) -> Tensor:
     """Of lower triangular matrices."""
     one_kk = torch.eye(lower_Pkk.shape[-1], dtype=lower_Pkk.dtype, device=lower_Pkk.device)
-    return torch.linalg.solve_triangular(lower_Pkk, one_kk.expand_as(lower_Pkk), upper=False)
+    inverse_Pkk: Tensor = torch.linalg.solve_triangular(lower_Pkk, one_kk.expand_as(lower_Pkk), upper=False)
+    return inverse_Pkk
 
 
 @dataclass(frozen=True, slots=True)

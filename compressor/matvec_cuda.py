@@ -179,7 +179,7 @@ def _(x_I: Tensor, words: Sequence[Tensor], *rest: object) -> Tensor:
     return x_I.new_empty(sum(len(word_OW) for word_OW in words), parts, dtype=dtype)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # untyped in torch
 def is_available(index: int) -> bool:
     """Whether the card and this torch can have the kernel, which is compiled here. Warns where they cannot."""
     return _compiled(index) is not None

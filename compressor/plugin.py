@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import compressor.attention  # noqa: F401  registers itself
@@ -38,7 +39,7 @@ class BitrankConfig(QuantizationConfigMixin):
                 f"the checkpoint has bitrank format {format_version}, this version reads up to {FORMAT_VERSION};"
                 " upgrade bitrank"
             )
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # the enum has transformers' own methods only
         self.format_version = format_version
         self.layers = layers
 
@@ -51,6 +52,7 @@ class BitrankQuantizer(HfQuantizer):
     """Puts a compressed layer wherever the config names one, before the weights are read."""
 
     requires_calibration = True
+    quantization_config: BitrankConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         replace_layers(model, self.quantization_config.options())

@@ -81,9 +81,10 @@ class Operand:
         """‖x‖² of so many parts of as many rows each, float32; each row's times its share, where there are shares."""
         part_PRI = self.values.unflatten(0, (parts, -1))
         if share_R is not None:
-            norm_PR = torch.linalg.vector_norm(part_PRI, dim=2, dtype=torch.float32)
+            norm_PR: Tensor = torch.linalg.vector_norm(part_PRI, dim=2, dtype=torch.float32)
             return norm_PR.mul_(self.unit).square_() @ share_R
-        return torch.linalg.vector_norm(part_PRI, dim=(1, 2), dtype=torch.float32).mul_(self.unit).square_()
+        norm_P: Tensor = torch.linalg.vector_norm(part_PRI, dim=(1, 2), dtype=torch.float32)
+        return norm_P.mul_(self.unit).square_()
 
     def split(self, rows: list[int]) -> list[Operand]:
         """Parts of so many rows each."""

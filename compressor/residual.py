@@ -77,7 +77,8 @@ def _sums(a: Operand, b: Tensor) -> Tensor:
     """Parts of Σ (a − b)²."""
     kernel = _kernel("squared_distance", b)
     if kernel is None or not (a.values.stride(1) == 1 and b.is_contiguous()):
-        return torch.linalg.vector_norm(torch.sub(b, a.values, alpha=a.unit)).square_()[None]
+        distance: Tensor = torch.linalg.vector_norm(torch.sub(b, a.values, alpha=a.unit))
+        return distance.square_()[None]
     columns, rows = b.shape
     grid = _grid(rows, columns)
     part_B = b.new_empty(grid[0] * grid[1])

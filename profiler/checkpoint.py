@@ -147,7 +147,8 @@ class CheckpointTensors:
         from safetensors import safe_open
 
         with safe_open(self._file[name], framework="pt") as shard:
-            return shard.get_tensor(name)
+            tensor: Tensor = shard.get_tensor(name)
+            return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._file))

@@ -161,8 +161,8 @@ def corrected(form: ClosedForm, measurements: Sequence[Measurement]) -> Correcte
 
 def _posterior(phi_nK: Floats, y_n: Floats) -> tuple[Floats, Floats]:
     precision_KK = np.diag(PRIOR_SPREAD**-2) + phi_nK.T @ phi_nK / NOISE**2
-    covariance_KK = np.linalg.inv(precision_KK)
-    mean_K = PRIOR_MEAN + covariance_KK @ phi_nK.T @ (y_n - phi_nK @ PRIOR_MEAN) / NOISE**2
+    covariance_KK = np.asarray(np.linalg.inv(precision_KK), np.float64)
+    mean_K: Floats = PRIOR_MEAN + covariance_KK @ phi_nK.T @ (y_n - phi_nK @ PRIOR_MEAN) / NOISE**2
     return mean_K, covariance_KK
 
 

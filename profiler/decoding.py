@@ -54,7 +54,7 @@ class AppendedLayer(DynamicLayer):
     """Keys and values of up to `length` tokens, appended in memory that is taken once and given as views of it."""
 
     def __init__(self, length: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in transformers
         self._length = length
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -94,7 +94,7 @@ def plain_layers(model: PreTrainedModel) -> list[DynamicLayer] | None:
     plain = {DynamicLayer, DynamicSlidingWindowLayer}
     if not isinstance(cache, Cache) or not {type(layer) for layer in cache.layers} <= plain:
         return None
-    return list(cache.layers)
+    return [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
 
 
 def static_cache(model: PreTrainedModel, length: int) -> Cache | None:
@@ -121,7 +121,7 @@ def recorded_step(model: PreTrainedModel, windows: int, length: int) -> Step | N
                 model(token_n1, past_key_values=cache, use_cache=True)
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(graph):
-            logits_nV = model(token_n1, past_key_values=cache, use_cache=True).logits[:, -1]
+            logits_nV: Tensor = model(token_n1, past_key_values=cache, use_cache=True).logits[:, -1]
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
         # A model that asks the card for a number in the middle of a step cannot be recorded.
         torch.cuda.synchronize()

@@ -120,7 +120,7 @@ def task_scores(loaded: LoadedModel, tasks: Tasks, limit: int | None, batch: int
     """
     harness = _harness()
     _check_tokenizer(loaded)
-    from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped]
+    from lm_eval.models.huggingface import HFLM
 
     try:
         with _quietly():
@@ -164,7 +164,7 @@ def _check_tokenizer(loaded: LoadedModel) -> None:
 
 def _harness() -> Any:
     try:
-        import lm_eval  # type: ignore[import-untyped]
+        import lm_eval
     except ImportError as error:
         raise TaskError(
             "lm-evaluation-harness is not installed, which runs the tasks; pip install 'bitrank[tasks]'"
@@ -174,7 +174,7 @@ def _harness() -> Any:
 
 def _manager(folder: Path) -> Any:
     _harness()
-    from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
+    from lm_eval.tasks import TaskManager
 
     with _quietly():
         return TaskManager(include_path=str(folder), include_defaults=False)

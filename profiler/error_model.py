@@ -66,7 +66,11 @@ def fit_error_model(measurements: Sequence[Measurement], n: int) -> ErrorModel:
     def log_error(parameters: NDArray[np.float64]) -> NDArray[np.float64]:
         log_c, beta, log_r0, delta, eta = parameters[:5]
         smooth = log_c - beta * math.log(2) * bits - delta * np.log1p(ranks / math.exp(log_r0))
-        return smooth + eta * missing + group @ parameters[5:]
+        found: NDArray[np.float64] = smooth + eta * missing + group @ parameters[5:]
+        return found
+
+    def deviation(parameters: NDArray[np.float64]) -> NDArray[np.float64]:
+        return log_error(parameters) - target
 
     def jacobian(parameters: NDArray[np.float64]) -> NDArray[np.float64]:
         r0, delta = math.exp(parameters[2]), parameters[3]
@@ -78,7 +82,7 @@ def fit_error_model(measurements: Sequence[Measurement], n: int) -> ErrorModel:
     lower = np.array([-np.inf, 0.0, 0.0, 0.0, 0.0] + [-np.inf] * len(others))
     upper = np.array([np.inf, np.inf, math.log(1e4), 20.0, 20.0] + [np.inf] * len(others))
     fit = least_squares(
-        lambda p: log_error(p) - target,
+        deviation,
         start,
         jac=jacobian,
         bounds=(lower, upper),

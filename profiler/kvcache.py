@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class KeysAndValues:
 
     @property
     def chunk_size(self) -> int:
-        return self.energy_LKHCc.shape[-1]
+        return int(self.energy_LKHCc.shape[-1])
 
     def layout(
         self, ranks: Ranks, bits: CoefficientBits = 16, dtype: torch.dtype | None = None
@@ -91,7 +92,7 @@ class _Recorder(DynamicLayer):
     """A plain cache that keeps what is to be known of all it is given at once."""
 
     def __init__(self, rotary: Rotary | None, see: See) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in transformers
         self.rotary, self.see, self.seen = rotary, see, torch.zeros(())
 
     def update(
@@ -113,7 +114,7 @@ def seen_in(
     for done, tokens_T in enumerate(tokens_NT, start=1):
         recorders = [_Recorder(rotary, of_layer) for of_layer in see]
         loaded.model(
-            tokens_T[None].to(loaded.device), past_key_values=Cache(layers=recorders), use_cache=True
+            tokens_T[None].to(loaded.device), past_key_values=Cache(layers=list(recorders)), use_cache=True
         )
         total = total + torch.stack([recorder.seen for recorder in recorders]).cpu()
         progress("keys and values", done, len(tokens_NT))
@@ -185,7 +186,7 @@ def sensitivities(
     for done, place in enumerate(np.ndindex(*weight_LK.shape), start=1):
         ranks = full.copy()
         ranks[place] = max(1, int(PROBE_SHARE * found.chunk_size))
-        kl = cache_kl(loaded, reference, tokens_NT, lambda ranks=ranks: found.cache(ranks)).mean()
+        kl = cache_kl(loaded, reference, tokens_NT, partial(found.cache, ranks)).mean()
         tail = found.tails(ranks)[place]
         weight_LK[place] = max(kl, 0.0) / tail if tail else 0.0
         progress("sensitivities", done, weight_LK.size)

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 import compressor.plugin  # noqa: F401  registers the checkpoint format
 from compressor.experts import unstack_experts
+from compressor.linear import weight_of
 from profiler.checkpoint import CheckpointTensors, ModelError, ModelRef, check_device
 from profiler.offload import Offload
 
@@ -79,7 +80,7 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return weight_of(self.model.get_input_embeddings()).device
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -157,7 +158,8 @@ def load_model(ref: ModelRef, device: str = "cpu") -> LoadedModel:
     model = _from_pretrained(ref)
     storage_dtype = model.dtype
     unstack_experts(model)
-    model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+    model.to(device=device, dtype=torch.float32)  # type: ignore[call-arg]  # wrapped without self
+    model.eval().requires_grad_(False)
     block_names = find_blocks(model)
     layers = find_layers(model, block_names)
     state, tokenizer = model.state_dict(), load_tokenizer(ref)
@@ -225,7 +227,7 @@ def _converted(ref: ModelRef) -> tuple[PreTrainedModel, Source, torch.dtype]:
 def _from_pretrained(ref: ModelRef) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(ref.path, trust_remote_code=False)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which its annotation does not know
             ref.path,
             config=config,
             dtype="auto",
@@ -240,6 +242,8 @@ def _from_pretrained(ref: ModelRef) -> PreTrainedModel:
             f"{ref.id} cannot be loaded as a causal language model ({reason});"
             " give one that the installed transformers knows without custom code"
         ) from error
+    model: PreTrainedModel
+    model, found = loaded
     check_weights(ref, sorted(found["missing_keys"]), sorted(found["mismatched_keys"]))
     return model
 

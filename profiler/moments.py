@@ -78,8 +78,10 @@ class BlockInputs:
         """The first window's index and the inputs of at most `windows` windows, in turn."""
         for first in range(0, self.shape[0], windows):
             count = min(windows, self.shape[0] - first)
-            there = self.held is not None
-            yield first, self.held[first : first + count] if there else self.read(first, count, device)
+            yield (
+                first,
+                self.read(first, count, device) if self.held is None else self.held[first : first + count],
+            )
 
     def brought(self, device: torch.device) -> Tensor:
         """All of it, (N, T, d), on a device."""

@@ -54,7 +54,7 @@ def measure_probes(
     reference = stored_logits(loaded, tokens_NT, folder / "reference.f32")
     probes, kl_of = [], {}
     for index, (option, predicted_kl) in enumerate(sorted(predicted.items())):
-        with loaded.replacing(lambda layer, option=option: read_probe(folder, layer, option, loaded.device)):
+        with loaded.replacing(partial(read_probe, folder, option=option, device=loaded.device)):
             batch = loaded.windows_per_batch
             kl_of[option] = kl_N = compare(loaded.model, reference, tokens_NT, batch=batch)[:, 0]
         spread = kl_N.std().item() / len(kl_N) ** 0.5 if len(kl_N) > 1 else float("nan")

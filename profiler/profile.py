@@ -391,8 +391,8 @@ def load_profile(path: Path) -> Profile:
     measurements: dict[str, list[Measurement]] = {}
     for column, value in LATER_COLUMNS.items():
         rows.setdefault(column, [value] * len(rows["layer"]))
-    for layer, *option, error, half_width in zip(*(rows[c] for c in COLUMNS), strict=True):
-        measurements.setdefault(layer, []).append(Measurement(Option(*option), error, half_width))
+    for layer, *option, relative_error, half_width in zip(*(rows[c] for c in COLUMNS), strict=True):
+        measurements.setdefault(layer, []).append(Measurement(Option(*option), relative_error, half_width))
     return Profile(
         path, hashlib.sha256(data).hexdigest(), document, {k: tuple(v) for k, v in measurements.items()}
     )

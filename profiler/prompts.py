@@ -35,18 +35,20 @@ class SamplePair:
 @torch.inference_mode()
 def sample_pair(original: LoadedModel, compressed: LoadedModel, prompt: str) -> SamplePair:
     tokens_1T = prompt_tokens(original, prompt)
-    logits = [
+    reference_TV, compressed_TV = (
         loaded.model(tokens_1T.to(loaded.device), use_cache=False).logits[0].float().to(original.device)
         for loaded in (original, compressed)
-    ]
+    )
     drawn = [continuation(loaded, tokens_1T) for loaded in (original, compressed)]
     texts = [str(original.tokenizer.decode(tokens_n, skip_special_tokens=True)) for tokens_n in drawn]
     return SamplePair(
         prompt,
-        *texts,
-        F.cosine_similarity(*logits, dim=-1).mean().item(),
-        F.mse_loss(*logits).item(),
-        *(repeated_share(tokens_n.tolist()) for tokens_n in drawn),
+        texts[0],
+        texts[1],
+        F.cosine_similarity(reference_TV, compressed_TV, dim=-1).mean().item(),
+        F.mse_loss(reference_TV, compressed_TV).item(),
+        repeated_share(drawn[0].tolist()),
+        repeated_share(drawn[1].tolist()),
     )
 
 
@@ -62,14 +64,15 @@ def prompt_tokens(loaded: LoadedModel, prompt: str) -> Tensor:
 def continuation(loaded: LoadedModel, tokens_1T: Tensor) -> Tensor:
     """int64 (n,): what the model says next, greedily; up to `NEW_TOKENS`."""
     ids_1T = tokens_1T.to(loaded.device)
-    output = loaded.model.generate(
+    assert callable(loaded.model.generate)  # which the class of every causal LM has, not `PreTrainedModel`
+    output_1T: Tensor = loaded.model.generate(
         ids_1T,
         attention_mask=torch.ones_like(ids_1T),
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         pad_token_id=0,
     )
-    return output[0, ids_1T.shape[1] :]
+    return output_1T[0, ids_1T.shape[1] :]
 
 
 def repeated_share(tokens: Sequence[int], n: int = NGRAM) -> float:

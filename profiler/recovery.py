@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from allocator.atomic import write_atomically
 from allocator.storage import KEEP_BITS
@@ -148,15 +149,15 @@ class TrainableLinear(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors that training changed, by their names within the layer."""
-        return {
-            name if isinstance(matrix, TrainableFactor) else matrix_names(name)[1]: matrix.scale()
-            .detach()
-            .bfloat16()
-            for name, matrix in self.matrices.items()
-        }
+        tensors = {}
+        for name, matrix in self.matrices.items():
+            assert isinstance(matrix, TrainableFactor | TrainableMatrix)
+            stored_name = name if isinstance(matrix, TrainableFactor) else matrix_names(name)[1]
+            tensors[stored_name] = matrix.scale().detach().bfloat16()
+        return tensors
 
 
-def make_trainable(model: nn.Module) -> dict[str, TrainableLinear]:
+def make_trainable(model: PreTrainedModel) -> dict[str, TrainableLinear]:
     """Swap every compressed layer of a float32 model for a trainable one, and freeze all else."""
     model.requires_grad_(False)
     layers = {
@@ -170,7 +171,7 @@ def make_trainable(model: nn.Module) -> dict[str, TrainableLinear]:
 
 
 def recover(
-    student: nn.Module,
+    student: PreTrainedModel,
     teacher: Callable[[Tensor], Tensor],
     tokens_NT: Tensor,
     first_scored: int,
@@ -247,7 +248,7 @@ def train(
         window_NT = tokens_NT[chosen_windows(step, len(tokens_NT), settings)]
         loss = _divergence(student, teacher, window_NT, first_scored)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         if (step + 1) % SAVED_EVERY == 0 and step + 1 < settings.steps:
             _save(state, request, step + 1, deltas, optimizer)

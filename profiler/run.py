@@ -33,6 +33,7 @@ from allocator.plan import PlanModel
 from allocator.storage import Option
 from compressor.decompose import ROUNDS
 from compressor.descent import PASSES
+from compressor.linear import weight_of
 from compressor.streams import side_by_side
 from compressor.warming import warm_up
 from profiler.ahead import Ahead
@@ -468,7 +469,7 @@ def shuffled(tokens_NT: Tensor, seed: int) -> Tensor:
 
 
 def block_inputs(loaded: LoadedModel, tokens_NT: Tensor, work: Path) -> list[BlockInputs]:
-    hidden = loaded.model.get_input_embeddings().weight.shape[1]
+    hidden: int = weight_of(loaded.model.get_input_embeddings()).shape[1]
     hidden = getattr(loaded.model.config, "hidden_size", hidden)
     shape = (len(tokens_NT), tokens_NT.shape[1], hidden)
     return [BlockInputs(work / f"inputs-{index:05d}.f32", shape) for index in range(len(loaded.block_names))]

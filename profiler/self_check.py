@@ -121,7 +121,9 @@ def corrections(
     }
     sums = {kind: sum(m for (k, _), m in measured.items() if k == kind) for kind in totals}
     # Relative to the whole: how the model as a whole differs from its price is the gain's to say.
-    target = {(kind, name): m * totals[kind] / sums[kind] for (kind, name), m in measured.items()}
+    target: dict[tuple[str, str], float] = {
+        (kind, name): m * totals[kind] / sums[kind] for (kind, name), m in measured.items()
+    }
     factor = dict.fromkeys(raw, 1.0)
     keys = {layer.name: (("class", class_of(layer)), ("block", str(layer.block))) for layer in layers}
     for _ in range(FITTING_ROUNDS):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compressor.linear import weight_of
 from profiler.layers import LoadedModel
 
 NEGATIVES = 100
@@ -36,7 +37,7 @@ class Negatives:
     @classmethod
     def drawn(cls, loaded: LoadedModel, tokens_NT: Tensor, seed: int) -> Negatives:
         """At most `NEGATIVES` distinct tokens for every window."""
-        embedding_Vd = loaded.model.get_input_embeddings().weight
+        embedding_Vd = weight_of(loaded.model.get_input_embeddings())
         generator = torch.Generator().manual_seed(seed)
         drawn = [torch.randperm(len(embedding_Vd), generator=generator)[:NEGATIVES] for _ in tokens_NT]
         return cls(embedding_Vd, tokens_NT.to(loaded.device), torch.stack(drawn).to(loaded.device))
@@ -102,4 +103,5 @@ def _margins(h_Td: Tensor, changed_Td: Tensor, token_T: Tensor, pool_Pd: Tensor,
     resolution_T = torch.finfo(torch.float32).eps * h_Td.norm(dim=1).clamp(
         min=torch.finfo(torch.float32).tiny
     )
-    return (changed_Td - h_Td).norm(dim=1) / torch.maximum(nearest_T, resolution_T)
+    margin_T: Tensor = (changed_Td - h_Td).norm(dim=1) / torch.maximum(nearest_T, resolution_T)
+    return margin_T

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.linear import weight_of
 from profiler.layers import Layer, LoadedModel
 
 Weights = Mapping[Layer, Tensor]
@@ -27,7 +28,7 @@ def substituted(loaded: LoadedModel, weights: Weights) -> Iterator[None]:
         with loaded.replacing(weights.get):
             yield
         return
-    stored = {layer: loaded.model.get_submodule(layer.name).weight for layer in weights}
+    stored = {layer: weight_of(loaded.model.get_submodule(layer.name)) for layer in weights}
     originals = {layer: weight.clone() for layer, weight in stored.items()}
     try:
         for layer, w_OI in weights.items():
@@ -80,11 +81,13 @@ class Continuation:
         """
         blocks = self.loaded.blocks[:depth]
         siblings = self.loaded.model.get_submodule(self.loaded.block_names[0].rpartition(".")[0])
+        assert isinstance(siblings, nn.ModuleList)
         output = (hidden_NTd, None) if self.tuples else hidden_NTd
         try:
             for index, block in enumerate(blocks):
                 siblings[index] = _StandIn(block, output)
-            return self.loaded.model(tokens_NT.to(self.loaded.device), use_cache=False).logits.float()
+            logits_NTV: Tensor = self.loaded.model(tokens_NT.to(self.loaded.device), use_cache=False).logits
+            return logits_NTV.float()
         finally:
             for index, block in enumerate(blocks):
                 siblings[index] = block

@@ -135,5 +135,6 @@ def measure_table(loaded: LoadedModel, table: Table, reference: Reference, token
 def _relative_error(rounded_Vd: Tensor, weight_Vd: Tensor) -> float:
     """‖rounded − weight‖² / ‖weight‖², some rows at a time."""
     pairs = zip(rounded_Vd.split(ROWS), weight_Vd.split(ROWS), strict=True)
-    difference = sum((found - given).square().sum().item() for found, given in pairs)
-    return difference / max(1e-30, sum(given.square().sum().item() for given in weight_Vd.split(ROWS)))
+    difference: float = sum((found - given).square().sum().item() for found, given in pairs)
+    whole: float = sum(given.square().sum().item() for given in weight_Vd.split(ROWS))
+    return difference / max(1e-30, whole)

@@ -70,10 +70,7 @@ def measure_trials(
     for index, trial in enumerate(trials):
         row = folder / f"{index}.windows.safetensors"
         if not row.exists():
-            weights = loaded.replacing(
-                lambda layer, trial=trial: trial_weight(loaded, layer, trial[layer.name], folder)
-            )
-            with weights, tables_rounded(loaded, trial):
+            with loaded.replacing(partial(_weight_in, loaded, trial, folder)), tables_rounded(loaded, trial):
                 found_N5 = compare(loaded.model, reference, tokens_NT, batch=batch)
             write_atomically(row, save({"found_N5": found_N5}))
         rows.append(load_file(row)["found_N5"])
@@ -102,6 +99,10 @@ def _carry_out_layer(work: LayerWork, wanted: Sequence[Option], folder: Path) ->
     for p, found in decompose([work.weight_OI] * len(options), curvature, options):
         tensors = {name: tensor.cpu() for name, tensor in layer_tensors(found).items()}
         write_atomically(_file(folder, work.name, options[p]), save(tensors), durable=False)
+
+
+def _weight_in(loaded: LoadedModel, trial: Mapping[str, Option], folder: Path, layer: Layer) -> Tensor:
+    return trial_weight(loaded, layer, trial[layer.name], folder)
 
 
 def trial_weight(loaded: LoadedModel, layer: Layer, option: Option, folder: Path) -> Tensor:
