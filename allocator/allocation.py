@@ -14,19 +14,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from allocator.constrained import ConstrainedProblem, constrain
-from allocator.constraints import (
+from allocator.constraints.reduction import ConstrainedProblem, constrain
+from allocator.constraints.rules import (
     Constraints,
     infeasible,
     smallest_constrained_bytes,
     tie_groups,
 )
-from allocator.devices import Split, device_of_layer
 from allocator.errors import ConstraintError, InfeasibleError, InvalidProblemError
-from allocator.knapsack import solve
-from allocator.lagrangian import solve_resources
 from allocator.problem import Integers, Menu, Solution
-from allocator.resources import ResourceProblem, ResourceSolution
+from allocator.resources.devices import Split, device_of_layer
+from allocator.resources.lagrangian import solve_resources
+from allocator.resources.problem import ResourceProblem, ResourceSolution
+from allocator.solver.knapsack import solve
 
 MILP_OPTION_CAP = 10_000
 """Most options for which the integer programme is tried where the Lagrangian search leaves a gap."""
@@ -191,7 +191,7 @@ def _best_of_both(problem: ResourceProblem, deadline: float) -> ResourceSolution
     if not small or (lagrangian is not None and lagrangian.proven):
         assert lagrangian is not None
         return lagrangian
-    from allocator.convex import solve_resources_milp
+    from allocator.resources.milp import solve_resources_milp
 
     try:
         exact = solve_resources_milp(problem, time_limit_seconds=max(0.1, deadline - time.monotonic()))

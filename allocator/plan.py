@@ -14,12 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from allocator.atomic import write_atomically
 from allocator.budget import Budget
-from allocator.constraints import Constraints, relief, smallest_constrained_bytes
+from allocator.constraints.rules import Constraints, relief, smallest_constrained_bytes
 from allocator.errors import BudgetAboveOriginalError, InfeasibleError, PlanError
-from allocator.knapsack import solve
+from allocator.measured_outcome import Verification
 from allocator.problem import Integers, LayerMenu, Menu, Solution, TableRole
+from allocator.solver.knapsack import solve
 from allocator.storage import Heads, Option
-from allocator.verification import Verification
 
 SCHEMA_VERSION = 1
 MIB = 2**20

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from allocator.knapsack import Knapsack
 from allocator.plan import MIB, SCHEMA_VERSION, Plan, PlanBudget, PlanLayer, PlanModel, plan_layer
 from allocator.problem import Integers, Menu, Solution
+from allocator.solver.knapsack import Knapsack
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from allocator.constraints import Constraints, tie_groups, tied_values
+from allocator.constraints.rules import Constraints, tie_groups, tied_values
 from allocator.errors import PlanError, StrategyError, TargetError
-from allocator.ggml import NEAREST_GROUP_SIZE, TYPES
+from allocator.export.ggml import NEAREST_GROUP_SIZE, TYPES
 from allocator.problem import Integers, LayerMenu, Menu
 from allocator.storage import KEEP_BITS, Option
 

@@ -18,8 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from allocator.errors import BitrankError, BudgetSyntaxError, InfeasibleError, StrategyError
 from allocator.plan import Plan
-from api.job_schemas import JobRecord, Page
-from api.schemas import FidelityAnswer, FrontierAnswer, ProfilePage, SpectrumAnswer
+from api.schemas.documents import FidelityAnswer, FrontierAnswer, ProfilePage, SpectrumAnswer
+from api.schemas.jobs import JobRecord, Page
 
 RETRIED = (429, 502, 503, 504)
 LONGEST_WAIT_SECONDS = 30.0

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from allocator.problem import Integers
-from api.progress import progress
-from api.usecases import plan_budget
-from profiler.calibration import text_tokens
-from profiler.checkpoint import find_model
-from profiler.layers import open_model
-from profiler.profile import Profile, load_profile
-from profiler.trial import measure_trials, trial_of
+from api.cli.progress import progress
+from api.services.usecases import plan_budget
+from profiler.documents.profile import Profile, load_profile
+from profiler.evaluation.plan_evaluation import measure_trials, trial_of
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import open_model
+from profiler.statistics.calibration import text_tokens
 
 
 def main() -> None:

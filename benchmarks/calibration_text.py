@@ -13,13 +13,13 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from api.progress import progress
-from api.usecases import plan_budget
-from profiler.calibration import text_tokens
-from profiler.checkpoint import find_model
-from profiler.layers import open_model
-from profiler.run import ProfileSettings, build_profile
-from profiler.trial import measure_trials
+from api.cli.progress import progress
+from api.services.usecases import plan_budget
+from profiler.evaluation.plan_evaluation import measure_trials
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import open_model
+from profiler.statistics.calibration import text_tokens
+from profiler.sweep.run import ProfileSettings, build_profile
 
 BUDGETS = ("2.6bpw", "3.3bpw")
 TOKENS = (4096, 10_240, 20_480, 40_960, 81_920)

@@ -20,14 +20,14 @@ from allocator.plan import Plan, PlanBudget, PlanModel
 from allocator.planner import Planner
 from allocator.problem import LayerMenu, Menu
 from allocator.storage import Option, layer_bytes
-from api.cli import peak_memory_bytes
-from api.progress import progress
+from api.cli.console import peak_memory_bytes
+from api.cli.progress import progress
 from benchmarks.sweep_cuda import GIB, config_of, write_random_model
-from compressor.worker import compress
-from profiler.checkpoint import find_model
-from profiler.layers import LoadedModel, open_model
-from profiler.run import DEFAULT_TOKENS
-from profiler.stream import block_works
+from compressor.checkpoint_writer import compress
+from profiler.execution.block_pipeline import block_works
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import LoadedModel, open_model
+from profiler.sweep.run import DEFAULT_TOKENS
 
 OPTIONS = (
     Option(2, 128, 64, 8),

@@ -22,11 +22,11 @@ from typing import TypeVar
 import numpy as np
 
 from allocator.allocation import allocate
-from allocator.constraints import Constraints, tie_groups
-from allocator.knapsack import solve
-from allocator.lagrangian import solve_resources
+from allocator.constraints.rules import Constraints, tie_groups
 from allocator.problem import LayerMenu, Menu, Problem
-from allocator.resources import ResourceProblem
+from allocator.resources.lagrangian import solve_resources
+from allocator.resources.problem import ResourceProblem
+from allocator.solver.knapsack import solve
 from benchmarks.instances import MODELS, OPTIONS, model_costs, model_sizes
 
 TIED = Constraints(auto_ties=True)

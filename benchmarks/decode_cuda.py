@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from allocator.storage import Option, layer_bytes
-from compressor.attention import NAME
-from compressor.linear import CompressedLinear
+from compressor.nn.attention import NAME
+from compressor.nn.linear import CompressedLinear
 from compressor.plugin import join_siblings, replace_layers
 
 CONTEXT, PROMPT = 512, 64

@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from api import usecases
-from api.progress import progress
+from api.cli.progress import progress
+from api.services import usecases
 from benchmarks.road import ROOT, SHARED, measured_kl
-from profiler.run import ProfileSettings
+from profiler.sweep.run import ProfileSettings
 
 BUDGETS = ("2.3bpw", "2.6bpw", "3.0bpw", "3.3bpw", "3.75bpw", "4.3bpw")
 

@@ -33,9 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from api.client import Client
-from api.engine import engine_url
-from api.job_schemas import JobRecord
-from api.jobs import Jobs
+from api.jobs.client import Jobs
+from api.jobs.dbos_engine import engine_url
+from api.schemas.jobs import JobRecord
 from api.settings import Settings
 from benchmarks.clock import Clock
 from benchmarks.cluster import Cluster

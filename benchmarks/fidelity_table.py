@@ -42,12 +42,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from allocator.allocation import allocate
-from allocator.knapsack import solve
 from allocator.problem import Floats, Integers, LayerMenu, Menu, Problem, Solution
+from allocator.solver.knapsack import solve
 from allocator.storage import Option, layer_bytes
-from allocator.strategies import choice_bytes, choice_cost
+from allocator.strategies.strategies import choice_bytes, choice_cost
 from benchmarks.instances import MODELS
-from profiler.error_model import ErrorModel
+from profiler.prediction.error_model import ErrorModel
 
 BLOCKS = 28
 MEAN_FIDELITY = 0.120

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from api.jobs import settings_environment
+from api.jobs.client import settings_environment
 from api.settings import Settings
 from benchmarks.cluster import free_port
 
@@ -72,7 +72,7 @@ class Fleet:
         arguments, environment = start
         with (self._log or Path(os.devnull)).open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "api.cli", *arguments],
+                [sys.executable, "-m", "api.main", *arguments],
                 env=self._environment | dict(environment),
                 stderr=log,
             )

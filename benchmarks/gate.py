@@ -16,13 +16,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from api.progress import progress
-from api.usecases import plan_budget
-from profiler.checkpoint import find_model
-from profiler.gate import verified
-from profiler.layers import open_model
-from profiler.profile import load_profile
-from profiler.run import ProfileSettings, build_profile
+from api.cli.progress import progress
+from api.services.usecases import plan_budget
+from profiler.documents.profile import load_profile
+from profiler.evaluation.verification import verified
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import open_model
+from profiler.sweep.run import ProfileSettings, build_profile
 
 
 def main() -> None:

@@ -18,10 +18,10 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from compressor.curvature import squared_error
-from compressor.gptq import FUSED, LEAF, Factor, _Leaf, _State, gptq, in_halves, inverse_factor
+from compressor.cuda.scaled_half import largest_of
 from compressor.grid import Grid, Quantized, search_grid
-from compressor.precision import largest_of
+from compressor.lowrank.hessian import squared_error
+from compressor.quantize.gptq import FUSED, LEAF, Factor, _Leaf, _State, gptq, in_halves, inverse_factor
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 Answer = tuple[float, list[Quantized]]

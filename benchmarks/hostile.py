@@ -69,7 +69,7 @@ def server(folder: Path, port: int) -> Iterator[None]:
     }
     command = ["serve", "--port", str(port), "--workers", "0", "--profile", str(folder / "small")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "api.cli", *command], env=os.environ | environment, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "api.main", *command], env=os.environ | environment, stderr=subprocess.DEVNULL
     )
     try:
         while not _ready(port):

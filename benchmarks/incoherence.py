@@ -14,15 +14,15 @@ from time import perf_counter
 
 import torch
 
-from allocator.constraints import Ban, Constraints, Pattern
+from allocator.constraints.rules import Ban, Constraints, Pattern
 from allocator.plan import Plan
-from api.progress import progress
-from api.usecases import execute, plan_budget
+from api.cli.progress import progress
+from api.services.usecases import execute, plan_budget
 from benchmarks.ladder import asked, measured, planned
-from profiler.checkpoint import find_model
-from profiler.evaluation import tokens_per_second
-from profiler.layers import LoadedModel, load_model
-from profiler.profile import Profile
+from profiler.documents.profile import Profile
+from profiler.evaluation.divergence import tokens_per_second
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import LoadedModel, load_model
 
 BUDGETS = ("2.3bpw", "2.6bpw", "3.0bpw", "3.3bpw")
 UNROTATED = Constraints(bans=(Ban("*", Pattern(rotated=True)),))

@@ -9,11 +9,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from api.database import JobEventRow, now, open_database
-from api.job_schemas import JobRecord
-from api.jobs import Jobs
-from api.ledger import Ledger
+from api.jobs.client import Jobs
+from api.jobs.repository import Ledger
+from api.schemas.jobs import JobRecord
 from api.settings import Settings
+from api.storage.database import JobEventRow, now, open_database
 
 GRID = {"tokens": 512, "bits": [2, 3, 4], "ranks": [0, 4], "group_sizes": [64]}
 BUDGET = "3.3bpw"
@@ -47,9 +47,9 @@ def undisturbed(model: Path, seed: int, output: Path) -> dict[str, bytes]:
     """The files of the profile that one process makes, without jobs."""
     import torch
 
-    from profiler.calibration import silent
-    from profiler.checkpoint import find_model
-    from profiler.run import ProfileSettings, build_profile
+    from profiler.model.checkpoint import find_model
+    from profiler.statistics.calibration import silent
+    from profiler.sweep.run import ProfileSettings, build_profile
 
     grid = {name: value if name == "tokens" else tuple(value) for name, value in GRID.items()}  # type: ignore[arg-type]
     threads = torch.get_num_threads()
@@ -63,9 +63,9 @@ def undisturbed(model: Path, seed: int, output: Path) -> dict[str, bytes]:
 
 def undisturbed_plan(profile: Path) -> str:
     """The id of the plan of `BUDGET`, which is the digest of its document."""
-    from api.plan_store import ID_LENGTH
-    from api.usecases import plan_budget
-    from profiler.profile import load_profile
+    from api.services.usecases import plan_budget
+    from api.storage.plans import ID_LENGTH
+    from profiler.documents.profile import load_profile
 
     document = plan_budget(load_profile(profile), BUDGET, "optimal").document()
     return sha256(document).hexdigest()[:ID_LENGTH]

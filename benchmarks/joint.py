@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from allocator.cache import CacheMenu, joint_bytes, joint_problem, parse_joint_budget, planned_cache
-from allocator.knapsack import solve
+from allocator.kv_cache import CacheMenu, joint_bytes, joint_problem, parse_joint_budget, planned_cache
 from allocator.problem import Floats, Integers, Menu
-from api.caches import cache_profile
-from api.progress import progress
-from compressor.kvlayout import FILE, CacheLayout, layout_file, load_layout
-from profiler.calibration import text_tokens
-from profiler.checkpoint import find_model
-from profiler.evaluation import compare, stored_logits
-from profiler.kvprofile import CacheProfile
-from profiler.layers import LoadedModel, load_model, open_model
-from profiler.profile import load_profile
-from profiler.trial import Calibration, Trial, measure_trials, trial_of, trial_weight
+from allocator.solver.knapsack import solve
+from api.cli.progress import progress
+from api.services.kvcache import cache_profile
+from compressor.kvcache.layout import FILE, CacheLayout, layout_file, load_layout
+from profiler.documents.profile import load_profile
+from profiler.evaluation.divergence import compare, stored_logits
+from profiler.evaluation.plan_evaluation import Calibration, Trial, measure_trials, trial_of, trial_weight
+from profiler.kvcache.profile import CacheProfile
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import LoadedModel, load_model, open_model
+from profiler.statistics.calibration import text_tokens
 
 SPLITS = 10
 

@@ -50,7 +50,7 @@ def report(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def bitrank(*arguments: str | Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "api.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "api.main", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

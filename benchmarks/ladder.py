@@ -18,19 +18,19 @@ from torch import Tensor
 
 from allocator.plan import Plan
 from allocator.storage import Option
-from allocator.strategies import interpolated_uniform_cost
-from api.progress import progress
-from api.usecases import plan_budget
-from compressor.curvature import Curvature
-from compressor.decompose import decompose
-from compressor.gptq import gptq, round_to_nearest
-from profiler.calibration import text_tokens
-from profiler.checkpoint import find_model
-from profiler.evaluation import compare, stored_logits
-from profiler.layers import LoadedModel, open_model
-from profiler.moments import TokenWeights
-from profiler.profile import Profile, load_profile
-from profiler.stream import block_works
+from allocator.strategies.strategies import interpolated_uniform_cost
+from api.cli.progress import progress
+from api.services.usecases import plan_budget
+from compressor.lowrank.decompose import decompose
+from compressor.lowrank.hessian import Curvature
+from compressor.quantize.gptq import gptq, round_to_nearest
+from profiler.documents.profile import Profile, load_profile
+from profiler.evaluation.divergence import compare, stored_logits
+from profiler.execution.block_pipeline import block_works
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import LoadedModel, open_model
+from profiler.statistics.calibration import text_tokens
+from profiler.statistics.moments import TokenWeights
 
 BITS, GROUP, RANK = (2, 3, 4, 5), 64, 64
 BUDGETS = ("2.3bpw", "2.6bpw", "3.0bpw", "3.3bpw", "3.75bpw", "4.3bpw")

@@ -80,7 +80,7 @@ class Server:
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "api.cli", *arguments]
+    return [sys.executable, "-m", "api.main", *arguments]
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,22 +36,22 @@ from torch import Tensor, nn
 
 from allocator.problem import Integers
 from allocator.storage import KEEP, KEEP_BITS, Option
-from api.progress import progress
+from api.cli.progress import progress
 from benchmarks.pricing import gathered, prices
-from profiler.calibration import text_tokens
-from profiler.checkpoint import find_model
-from profiler.evaluation import compare, stored_logits
-from profiler.layers import LoadedModel, load_model, open_model
-from profiler.profile import Profile, load_profile
-from profiler.recalibration import (
+from profiler.documents.profile import Profile, load_profile
+from profiler.evaluation.divergence import compare, stored_logits
+from profiler.evaluation.plan_calibration import (
     RecalibrationSettings,
     agreement,
     predictions_by_class,
     random_choices,
     recalibrate,
 )
-from profiler.stream import block_works
-from profiler.trial import BATCH_ON_CUDA, measure_trials, trial_of, trial_weight
+from profiler.evaluation.plan_evaluation import BATCH_ON_CUDA, measure_trials, trial_of, trial_weight
+from profiler.execution.block_pipeline import block_works
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import LoadedModel, load_model, open_model
+from profiler.statistics.calibration import text_tokens
 
 PLANS = 40
 PROBE = Option(3, 0, 64, 0)

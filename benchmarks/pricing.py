@@ -32,13 +32,13 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from torch import Tensor
 
-import compressor.gptq as gptq
+import compressor.quantize.gptq as gptq
 from allocator.storage import Option
-from compressor.curvature import Curvature
-from compressor.decompose import decompose
-from profiler.calibration import text_tokens
-from profiler.checkpoint import find_model
-from profiler.layers import Layer, LoadedModel, load_model
+from compressor.lowrank.decompose import decompose
+from compressor.lowrank.hessian import Curvature
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import Layer, LoadedModel, load_model
+from profiler.statistics.calibration import text_tokens
 
 BITS = (2, 3, 4, 5, 6)
 GROUPS = 4

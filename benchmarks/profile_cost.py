@@ -20,19 +20,19 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from api.cli import peak_memory_bytes
-from api.progress import progress
-from compressor import alternation
-from profiler.checkpoint import find_model
-from profiler.run import DEFAULT_TOKENS, ProfileSettings, build_profile
+from api.cli.console import peak_memory_bytes
+from api.cli.progress import progress
+from compressor.lowrank import alternating as alternation
+from profiler.model.checkpoint import find_model
+from profiler.sweep.run import DEFAULT_TOKENS, ProfileSettings, build_profile
 
 MIB = 2**20
 LOW_RANK = ("factorize", "leading_directions", "sharpened", "through")
-"""Functions that `compressor.alternation` calls."""
+"""Functions that `compressor.lowrank.alternating` calls."""
 
 
 def timed(name: str, seconds: dict[str, float]) -> None:
-    """Time a function of `compressor.alternation` in place."""
+    """Time a function of `compressor.lowrank.alternating` in place."""
     inner: Callable[..., Any] = getattr(alternation, name)
 
     def outer(*arguments: Any, **keywords: Any) -> Any:
@@ -58,7 +58,7 @@ def libraries_bytes(folder: Path) -> int:
         bos_token_id=0,
     )
     LlamaForCausalLM(config).save_pretrained(model)
-    command = [sys.executable, "-m", "api.cli", "profile", str(model), "-o", str(folder / "of-nothing")]
+    command = [sys.executable, "-m", "api.main", "profile", str(model), "-o", str(folder / "of-nothing")]
     done = subprocess.run([*command, "--tokens", "512", "--json"], capture_output=True, check=True, text=True)
     return int(json.loads(done.stdout)["peak_memory_bytes"])
 

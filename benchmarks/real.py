@@ -38,13 +38,13 @@ def measured(model: str, data: Path, kind: str, device: str, work: Path) -> dict
     """Profile, plans and their KL under one calibration; the seconds that each step took."""
     import torch
 
-    from api import usecases
-    from api.progress import progress
-    from profiler.calibration import text_tokens
-    from profiler.checkpoint import find_model
-    from profiler.layers import open_model
-    from profiler.run import ProfileSettings
-    from profiler.trial import measure_trials
+    from api.cli.progress import progress
+    from api.services import usecases
+    from profiler.evaluation.plan_evaluation import measure_trials
+    from profiler.model.checkpoint import find_model
+    from profiler.model.layers import open_model
+    from profiler.statistics.calibration import text_tokens
+    from profiler.sweep.run import ProfileSettings
 
     seconds, stages = {}, _Stages()
     calibration = (data / "calibration.txt",) if kind == "human" else ()

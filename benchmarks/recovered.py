@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from allocator.plan import Plan
-from allocator.strategies import interpolated_uniform_cost
-from api.progress import progress
-from api.usecases import execute, plan_budget, recover_checkpoint
+from allocator.strategies.strategies import interpolated_uniform_cost
+from api.cli.progress import progress
+from api.services.usecases import execute, plan_budget, recover_checkpoint
 from benchmarks.ladder import BITS, BUDGETS, measured, plain_gptq
-from profiler.calibration import text_tokens
-from profiler.checkpoint import find_model
-from profiler.evaluation import live_logits, measure
-from profiler.layers import LoadedModel, load_model, open_model
-from profiler.profile import Profile, load_profile
-from profiler.recovery import RecoverySettings
+from profiler.documents.profile import Profile, load_profile
+from profiler.evaluation.divergence import live_logits, measure
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import LoadedModel, load_model, open_model
+from profiler.recovery.recovery import RecoverySettings
+from profiler.statistics.calibration import text_tokens
 
 
 def kl_nats(checkpoint: Path, original: LoadedModel, tokens_NT: Tensor) -> float:

@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 
 from allocator.plan import Plan
-from allocator.strategies import interpolated_uniform_cost
-from api import usecases
-from api.progress import progress
-from profiler.calibration import text_tokens
-from profiler.checkpoint import find_model
-from profiler.layers import open_model
-from profiler.profile import Profile
-from profiler.run import ProfileSettings
-from profiler.trial import measure_trials
+from allocator.strategies.strategies import interpolated_uniform_cost
+from api.cli.progress import progress
+from api.services import usecases
+from profiler.documents.profile import Profile
+from profiler.evaluation.plan_evaluation import measure_trials
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import open_model
+from profiler.statistics.calibration import text_tokens
+from profiler.sweep.run import ProfileSettings
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

@@ -28,10 +28,10 @@ from typing import Any
 
 import numpy as np
 
-from allocator.certificate import verify
-from allocator.frontier import frontier
-from allocator.knapsack import solve
 from allocator.problem import Floats, Problem, Solution
+from allocator.solver.certificate import verify
+from allocator.solver.frontier import frontier
+from allocator.solver.knapsack import solve
 from benchmarks.instances import model_instance
 
 CELLS = (

@@ -18,8 +18,8 @@ from time import perf_counter
 import numpy as np
 
 from allocator.errors import InfeasibleError
-from allocator.knapsack import solve
 from allocator.problem import Problem, Solution
+from allocator.solver.knapsack import solve
 from benchmarks.instances import random_instance
 
 ROUNDING = 1e-12

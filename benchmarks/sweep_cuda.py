@@ -23,11 +23,12 @@ import torch.multiprocessing as multiprocessing
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from api.cli import peak_memory_bytes
-from api.progress import progress
-from profiler.calibration import Progress, silent
-from profiler.checkpoint import find_model
-from profiler.run import (
+from api.cli.console import peak_memory_bytes
+from api.cli.progress import progress
+from profiler.documents.workspace import prepare
+from profiler.model.checkpoint import find_model
+from profiler.statistics.calibration import Progress, silent
+from profiler.sweep.run import (
     DEFAULT_TOKENS,
     ProfileRun,
     ProfileSettings,
@@ -36,7 +37,6 @@ from profiler.run import (
     read_sweep,
     sweep_blocks,
 )
-from profiler.workspace import prepare
 
 GIB = 2**30
 

@@ -34,11 +34,7 @@ from allocator.export.limits import refuse_rotations, refuse_tables
 from allocator.export.peft import adapter_config
 from allocator.plan import Plan, PlanLayer
 from allocator.storage import FACTOR_GROUP_SIZE, KEEP_BITS
-from compressor.grid import Quantized
-from compressor.linear import left_name, matrix_names
-from compressor.lowrank import product
-from compressor.packing import unpack
-from compressor.worker import (
+from compressor.checkpoint_writer import (
     INDEX,
     WorkError,
     check_output,
@@ -46,9 +42,13 @@ from compressor.worker import (
     is_finished,
     plan_digest,
     put_in_place,
-    with_metadata,
     write_json,
 )
+from compressor.grid import Quantized
+from compressor.lowrank.factorize import product
+from compressor.metadata import with_metadata
+from compressor.nn.linear import left_name, matrix_names
+from compressor.packing import unpack
 
 ADAPTER = "adapter"
 ADAPTER_KEY = "base_model.model.{layer}.lora_{side}.weight"

@@ -16,12 +16,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-import compressor.attention  # noqa: F401  registers itself
-from allocator.constraints import FUSED
+import compressor.nn.attention  # noqa: F401  registers itself
+from allocator.constraints.rules import FUSED
 from allocator.storage import Option
-from compressor.experts import unstack_experts
-from compressor.linear import CompressedLinear, Siblings, matrix_names
-from compressor.table import CompressedEmbedding
+from compressor.nn.embedding import CompressedEmbedding
+from compressor.nn.experts import unstack_experts
+from compressor.nn.linear import CompressedLinear, Siblings, matrix_names
 
 METHOD = "bitrank"
 FORMAT_VERSION = 2

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 PRELOAD = (
-    "api.usecases",
-    "profiler.run",
-    "compressor.worker",
-    "compressor.gptq_numba",
+    "api.services.usecases",
+    "profiler.sweep.run",
+    "compressor.checkpoint_writer",
+    "compressor.quantize.gptq_numba",
     "pyarrow.parquet",
     "pandas",
 )
@@ -107,7 +107,7 @@ def server() -> ForkServerContext:
 
 
 def _run(folder: Path, output: Path, arguments: list[str], file_bytes: int | None) -> None:
-    from api.cli import main
+    from api.main import main
 
     for number, stream in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / stream, os.O_WRONLY | os.O_CREAT), number)

@@ -7,7 +7,7 @@ from command_line import CommandLine
 from hypothesis import settings
 from road import Road, write_model
 
-from profiler.checkpoint import DEMO_PATH
+from profiler.model.checkpoint import DEMO_PATH
 
 settings.register_profile("correctness", deadline=None)
 settings.load_profile("correctness")

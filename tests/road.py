@@ -4,8 +4,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from profiler.checkpoint import DEMO_PATH
-from profiler.profile import load_profile
+from profiler.documents.profile import load_profile
+from profiler.model.checkpoint import DEMO_PATH
 
 GRID = ("--bits", "2,3,4", "--ranks", "0,4", "--group-sizes", "32,64", "--tokens", "1024")
 

@@ -14,8 +14,8 @@ import typer
 import yaml
 from fastapi.routing import APIRoute
 
-from api.cli import app
-from api.routes.probes import router
+from api.http.routes.health import router
+from api.main import app
 from api.settings import PREFIX, Settings
 
 ROOT = Path(__file__).parents[1]

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 
 from allocator.errors import ExportError
+from allocator.export.ggml import TYPES
 from allocator.export.limits import refuse_widths
 from allocator.export.patterns import NUMBERED, merged
-from allocator.ggml import TYPES
 from allocator.plan import Plan
 from allocator.storage import KEEP_BITS
 

@@ -3,8 +3,8 @@
 from alembic import context
 from sqlalchemy import Connection
 
-from api.database import Base, make_engine
 from api.settings import Settings
+from api.storage.database import Base, make_engine
 
 
 def run(connection: Connection) -> None:

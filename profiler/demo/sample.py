@@ -6,9 +6,9 @@ version of torch the draws, and so the texts, may differ.
 
 from __future__ import annotations
 
-from profiler.calibration import sample_tokens
-from profiler.checkpoint import DEMO, DEMO_PATH, find_model
-from profiler.layers import load_model
+from profiler.model.checkpoint import DEMO, DEMO_PATH, find_model
+from profiler.model.layers import load_model
+from profiler.statistics.calibration import sample_tokens
 
 TEXTS = {"calibration": (80_000, 1), "evaluation": (40_000, 2)}
 """Tokens and seed of each text."""

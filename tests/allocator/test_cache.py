@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allocator.cache import CacheGroup, CacheMenu, CacheOption, joint_bytes, joint_plan, parse_joint_budget
 from allocator.errors import BudgetAboveOriginalError, BudgetSyntaxError, InfeasibleError
+from allocator.kv_cache import CacheGroup, CacheMenu, CacheOption, joint_bytes, joint_plan, parse_joint_budget
 from allocator.plan import Plan, PlanModel, load_plan
 from allocator.planner import Planner
 from allocator.problem import LayerMenu, Menu

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from allocator.certificate import lagrangian_bound, verify
-from allocator.knapsack import solve
 from allocator.problem import Problem, Solution
+from allocator.solver.certificate import lagrangian_bound, verify
+from allocator.solver.knapsack import solve
 from benchmarks.instances import model_instance
 
 

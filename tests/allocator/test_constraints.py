@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allocator.allocation import Resource, allocate
-from allocator.constrained import constrain
-from allocator.constraints import (
+from allocator.constraints.reduction import constrain
+from allocator.constraints.rules import (
     Ban,
     BitsRange,
     Constraints,
@@ -22,7 +22,7 @@ from allocator.constraints import (
     QualityFloor,
     tie_groups,
 )
-from allocator.convex import solve_resources_milp
+from allocator.constraints.ties import merge_of
 from allocator.errors import (
     ConstraintError,
     ContradictoryPinsError,
@@ -32,11 +32,11 @@ from allocator.errors import (
     ProblemTooLargeError,
     UnmatchedPatternError,
 )
-from allocator.knapsack import solve
 from allocator.problem import LayerMenu, Menu
-from allocator.resources import ResourceProblem
+from allocator.resources.milp import solve_resources_milp
+from allocator.resources.problem import ResourceProblem
+from allocator.solver.knapsack import solve
 from allocator.storage import Option
-from allocator.ties import merge_of
 
 OPTIONS = tuple(Option(bits, rank, 64, 4 if rank else 0) for bits in (2, 3, 4) for rank in (0, 16))
 NAMES = tuple(

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allocator.convex import CurveLimits, ErrorCurve, relax_curves, round_to_menu, solve_milp
+from allocator.analysis.convex import CurveLimits, ErrorCurve, relax_curves, round_to_menu
 from allocator.errors import InfeasibleError, InvalidProblemError
-from allocator.knapsack import solve
 from allocator.problem import LayerMenu, Menu, Problem
+from allocator.resources.milp import solve_milp
+from allocator.solver.knapsack import solve
 from allocator.storage import Option, layer_bytes
 
 OPTIONS = tuple(
@@ -183,5 +184,5 @@ def test_a_curve_without_sense_is_refused(change):
 
 
 def test_the_convex_solvers_are_loaded_only_when_called():
-    code = "import sys, allocator.convex, allocator.allocation; sys.exit('cvxpy' in sys.modules)"
+    code = "import sys, allocator.analysis.convex, allocator.allocation; sys.exit('cvxpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allocator.dynamic import solve_by_buckets
 from allocator.errors import InfeasibleError, InvalidProblemError, ProblemTooLargeError
-from allocator.knapsack import solve
 from allocator.problem import Problem
+from allocator.solver.dynamic import solve_by_buckets
+from allocator.solver.knapsack import solve
 
 
 @st.composite

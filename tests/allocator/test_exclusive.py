@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from allocator.exclusive import InUseError, alone
+from allocator.atomic import InUseError, alone
 
-HOLD = "import sys, time; from pathlib import Path; from allocator.exclusive import alone\n"
+HOLD = "import sys, time; from pathlib import Path; from allocator.atomic import alone\n"
 HOLD += "with alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 
 

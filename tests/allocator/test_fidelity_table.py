@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from allocator.certificate import verify
+from allocator.solver.certificate import verify
 from benchmarks.fidelity_table import (
     FITS,
     PUBLISHED_FIDELITY,

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from allocator.errors import ExportError, FormatError
 from allocator.export.formats import FORMATS, format_named
+from allocator.export.ggml import TYPES
 from allocator.export.llama_quantize import gguf_name
 from allocator.export.pattern_overrides import pattern_overrides
 from allocator.export.patterns import merged
-from allocator.ggml import TYPES
 from allocator.plan import Plan, PlanBudget, PlanLayer, PlanModel
 from allocator.storage import KEEP, Option
 

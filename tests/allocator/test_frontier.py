@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allocator.errors import InfeasibleError
-from allocator.frontier import Frontier, frontier
-from allocator.knapsack import solve
 from allocator.problem import Problem
+from allocator.solver.frontier import Frontier, frontier
+from allocator.solver.knapsack import solve
 from benchmarks.instances import FAMILIES, model_instance, random_instance
 
 instances = st.builds(lambda number: random_instance(11, number)[1], st.integers(0, 10_000))

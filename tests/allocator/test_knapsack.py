@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allocator import core, knapsack, relaxation
-from allocator.certificate import verify
 from allocator.errors import InfeasibleError, InvalidProblemError, ProblemTooLargeError
-from allocator.knapsack import Knapsack, solve
 from allocator.problem import Problem
+from allocator.solver import core_search as core
+from allocator.solver import knapsack, relaxation
+from allocator.solver.certificate import verify
+from allocator.solver.knapsack import Knapsack, solve
 from benchmarks.instances import FAMILIES, MODELS, OPTIONS, model_instance, model_sizes, random_instance
 from benchmarks.solver_correctness import agree, complaint, highs_cost, reference_cost, solve_or_none
 

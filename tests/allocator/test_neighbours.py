@@ -6,11 +6,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allocator.neighbours import neighbours
 from allocator.plan import optimal_choice
 from allocator.problem import LayerMenu, Menu
 from allocator.storage import Option
-from allocator.strategies import choice_bytes, choice_cost
+from allocator.strategies.neighbours import neighbours
+from allocator.strategies.strategies import choice_bytes, choice_cost
 
 
 @st.composite

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from allocator.errors import StrategyError
-from allocator.policy import Policy, PolicyRule, load_policy
 from allocator.problem import LayerMenu, Menu
 from allocator.storage import KEEP, Option, layer_bytes
-from allocator.strategies import ByRules, choose, parse_strategy
+from allocator.strategies.policy import Policy, PolicyRule, load_policy
+from allocator.strategies.strategies import ByRules, choose, parse_strategy
 
 RANKS = (8, 16, 32)
 OPTIONS = (

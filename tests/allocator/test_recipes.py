@@ -7,9 +7,9 @@ import pytest
 
 from allocator.errors import StrategyError
 from allocator.problem import LayerMenu, Menu
-from allocator.recipes import RECIPES, Recipe, Sensitivities
 from allocator.storage import Option, layer_bytes
-from allocator.strategies import ByRecipe, by_recipe, choice_bytes, choose, parse_strategy
+from allocator.strategies.recipes import RECIPES, Recipe, Sensitivities
+from allocator.strategies.strategies import ByRecipe, by_recipe, choice_bytes, choose, parse_strategy
 from benchmarks.fidelity_table import Assignment, Guess, build_menu, fidelities, ultra
 
 TABLE = Sensitivities(

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from allocator.convex import solve_resources_milp
 from allocator.errors import InfeasibleError, InvalidProblemError
-from allocator.lagrangian import solve_resources
 from allocator.problem import Problem
-from allocator.resources import ResourceProblem
+from allocator.resources.lagrangian import solve_resources
+from allocator.resources.milp import solve_resources_milp
+from allocator.resources.problem import ResourceProblem
 
 
 @st.composite

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allocator.constraints import Constraints
+from allocator.analysis.postoptimality import more_buys, optimal_range, robust_plan, smallest_budget
+from allocator.constraints.rules import Constraints
 from allocator.errors import InvalidProblemError, UnreachableCostError
-from allocator.knapsack import solve
 from allocator.problem import LayerMenu, Menu, Problem
-from allocator.sensitivity import more_buys, optimal_range, robust_plan, smallest_budget
+from allocator.solver.knapsack import solve
 from allocator.storage import Option
 
 OPTIONS = tuple(Option(bits, 0, 64, 0) for bits in (2, 3, 4))

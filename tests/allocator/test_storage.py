@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allocator.storage import KEEP, Option, factor_bytes, grid_bytes, head_rank, layer_bytes, packed_bytes
-from compressor.curvature import Curvature
-from compressor.decompose import decompose
-from compressor.linear import layer_tensors
+from compressor.lowrank.decompose import decompose
+from compressor.lowrank.hessian import Curvature
+from compressor.nn.linear import layer_tensors
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from allocator.errors import InfeasibleError, StrategyError
 from allocator.problem import LayerMenu, Menu
 from allocator.storage import KEEP, Option, layer_bytes
-from allocator.strategies import (
+from allocator.strategies.strategies import (
     Optimal,
     Progressive,
     Rule,

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allocator.allocation import allocate
-from allocator.constraints import Constraints, smallest_constrained_bytes
+from allocator.constraints.rules import Constraints, smallest_constrained_bytes
 from allocator.errors import ContradictoryPinsError, InfeasibleError, PlanError, StrategyError, TargetError
-from allocator.ggml import TYPES
+from allocator.export.ggml import TYPES
 from allocator.problem import Integers, LayerMenu, Menu
 from allocator.storage import KEEP, Option, layer_bytes
-from allocator.strategies import uniform
+from allocator.strategies.strategies import uniform
 from allocator.targets import TARGETS, check_compressible, check_fused, check_tables, target_named
 
 OPTIONS = (

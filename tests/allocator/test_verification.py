@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from allocator.verification import verdict
+from allocator.measured_outcome import verdict
 
 
 @pytest.mark.parametrize(

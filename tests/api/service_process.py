@@ -10,12 +10,12 @@ from pathlib import Path
 
 import httpx
 
-COMMANDS = "import typer; from api.service_cli import register; app = typer.Typer(); register(app); app()"
+COMMANDS = "from api.main import main; main()"
 START_SECONDS = 60
 
 
 def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-c", COMMANDS, *map(str, arguments)]
+    return [sys.executable, "-P", "-c", COMMANDS, *map(str, arguments)]
 
 
 def environment(data_dir: Path, **variables: str) -> dict[str, str]:

@@ -12,12 +12,12 @@ import pytest
 from road import Road
 from service_process import ServiceProcess, command, environment
 
-from api.catalogue import Catalogue
-from api.database import ApiKeyRow, open_database
-from api.keys import KeyStore
-from api.limits import RateLimit
+from api.http.middleware.limits import RateLimit
 from api.problems import ProblemError
 from api.settings import Settings
+from api.storage.api_keys import KeyStore
+from api.storage.database import ApiKeyRow, open_database
+from api.storage.models import Catalogue
 
 pytestmark = pytest.mark.alone
 

@@ -52,7 +52,7 @@ def answer(bitrank: CommandLine, *arguments: str | Path) -> Any:
 def test_help_imports_nothing_heavy(command: str) -> None:
     arguments = [*command.split(), "--help"]
     process = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "api.cli", *arguments],
+        [sys.executable, "-X", "importtime", "-m", "api.main", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,

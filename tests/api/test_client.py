@@ -13,9 +13,9 @@ from service_process import ServiceProcess
 from allocator.errors import BudgetSyntaxError, InfeasibleError
 from allocator.plan import Plan
 from api.client import Client, ServiceError, plan_on_server
-from api.job_schemas import JobRecord
-from api.usecases import plan_budget
-from profiler.profile import load_profile
+from api.schemas.jobs import JobRecord
+from api.services.usecases import plan_budget
+from profiler.documents.profile import load_profile
 
 pytestmark = pytest.mark.alone
 

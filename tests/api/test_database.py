@@ -20,13 +20,22 @@ from sqlalchemy import make_url, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from allocator.plan import load_plan
-from api import plan_store
-from api.cursor import decode_cursor, encode_cursor
-from api.database import Base, Database, DatabaseError, JobRow, PlanRow, make_engine, migrate, open_database
-from api.plan_store import PlanStore
 from api.problems import ProblemError
-from api.profile_store import ProfileStore
 from api.settings import Settings, SettingsError
+from api.storage import plans as plan_store
+from api.storage.database import (
+    Base,
+    Database,
+    DatabaseError,
+    JobRow,
+    PlanRow,
+    make_engine,
+    migrate,
+    open_database,
+)
+from api.storage.pagination import decode_cursor, encode_cursor
+from api.storage.plans import PlanStore
+from api.storage.profiles import ProfileStore
 
 pytestmark = pytest.mark.alone
 

@@ -8,7 +8,7 @@ import pytest
 from command_line import CommandLine
 from road import Road
 
-from profiler.checkpoint import DEMO_PATH
+from profiler.model.checkpoint import DEMO_PATH
 
 pytest.importorskip("lm_eval")
 TEXT = ("--text", DEMO_PATH / "evaluation.txt", "--documents", "20")

@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 from service_process import ServiceProcess
 
 from allocator.plan import Plan, load_plan
-from api.caches import plan_jointly
-from api.database import Database, open_database
-from api.demo import plan_summary
-from api.job_schemas import PlanJob, ProfileOptions
-from api.profile_store import ProfileStore
+from api.jobs.tasks import Executor, Reporter, Tasks, planned
+from api.schemas.jobs import PlanJob, ProfileOptions
+from api.services.demo import plan_summary
+from api.services.kvcache import plan_jointly
+from api.services.usecases import plan_budget
 from api.settings import Settings
-from api.tasks import Executor, Reporter, Tasks, planned
-from api.usecases import plan_budget
-from profiler.calibration import silent
-from profiler.profile import TOKEN_WEIGHTS, load_profile
+from api.storage.database import Database, open_database
+from api.storage.profiles import ProfileStore
+from profiler.documents.profile import TOKEN_WEIGHTS, load_profile
+from profiler.statistics.calibration import silent
 
 BUDGET = "3.2bpw"
 SAID = "prices with the means of gradients and activations apart"
@@ -171,7 +171,7 @@ def begin(*given: Any) -> None:
 def test_a_job_that_plans_takes_it_and_one_that_profiles_makes_another(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("profiler.run.begin_profile", begin)
+    monkeypatch.setattr("profiler.sweep.run.begin_profile", begin)
     request = {"model": "model", "directory": None, "settings": ProfileOptions().model_dump(mode="json")}
     report = Reporter.__new__(Reporter)
     assert machine.tasks.begin(request, report) == {"profile_id": machine.profile_id}

@@ -12,14 +12,14 @@ from command_line import CommandLine
 from road import Road
 
 from allocator.plan import Plan, load_plan
-from api.job_schemas import PlanJob
-from api.routes.profiles import described_tables
-from api.tasks import planned
-from api.usecases import compress_plan, evaluate_model, plan_budget
-from profiler.calibration import silent
-from profiler.checkpoint import tensor_bytes
-from profiler.companion import TablesDocument
-from profiler.profile import Profile, load_profile
+from api.http.routes.profiles import described_tables
+from api.jobs.tasks import planned
+from api.schemas.jobs import PlanJob
+from api.services.usecases import compress_plan, evaluate_model, plan_budget
+from profiler.documents.profile import Profile, load_profile
+from profiler.documents.sidecar import TablesDocument
+from profiler.model.checkpoint import tensor_bytes
+from profiler.statistics.calibration import silent
 
 TABLE = "model.embed_tokens"
 BUDGET = "5bpw"

@@ -15,10 +15,10 @@ from allocator.errors import BudgetSyntaxError
 from allocator.export.formats import FORMATS
 from allocator.plan import Plan, load_plan
 from allocator.targets import TARGETS
-from api.job_schemas import PlanJob
-from api.tasks import planned
-from api.usecases import plan_budget
-from profiler.profile import Profile, load_profile
+from api.jobs.tasks import planned
+from api.schemas.jobs import PlanJob
+from api.services.usecases import plan_budget
+from profiler.documents.profile import Profile, load_profile
 
 TEXTS = sorted(FORMATS.keys() - {"peft"})
 

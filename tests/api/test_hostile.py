@@ -19,7 +19,7 @@ import pytest
 from road import Road
 from service_process import ServiceProcess
 
-from api.limits import Places
+from api.http.middleware.limits import Places
 from api.problems import ProblemError
 from benchmarks.attacks import ATTACKS, assault, unread
 from benchmarks.bystander import Bystander

@@ -92,7 +92,7 @@ def test_a_truly_full_disk_is_an_error_and_not_a_crash(
     script = 'mount -t tmpfs -o size="$1" tmpfs "$0" && shift && "$@"; code=$?; find "$0" -name "*.tmp"; exit $code'
     inside = ["unshare", "-rm", "sh", "-c", script, output.parent, disk]
     process = subprocess.run(
-        [*inside, sys.executable, "-m", "api.cli", *arguments],
+        [*inside, sys.executable, "-m", "api.main", *arguments],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "BITRANK_HOME": str(tmp_path)},
         capture_output=True,

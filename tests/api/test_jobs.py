@@ -15,18 +15,18 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy.exc import OperationalError
 
 from allocator.errors import BitrankError, InfeasibleError
-from api.database import open_database
-from api.engine import JOBS, RUN_JOB, VERSION, engine_client
-from api.job_cli import read_batch
-from api.job_schemas import JobEvent, ProfileJob, ProfileOptions
-from api.jobs import Jobs, QuotaError, UnknownJobError
-from api.ledger import Ledger
-from api.plan_store import PlanStore
+from api.cli.jobs import read_batch
+from api.jobs.client import Jobs, QuotaError, UnknownJobError
+from api.jobs.dbos_engine import JOBS, RUN_JOB, VERSION, engine_client
+from api.jobs.repository import Ledger
+from api.jobs.tasks import profile_settings
+from api.jobs.workflows import is_transient, persistently
 from api.problems import ProblemError
-from api.schemas import ProfileSettingsRequest
+from api.schemas.documents import ProfileSettingsRequest
+from api.schemas.jobs import JobEvent, ProfileJob, ProfileOptions
 from api.settings import Settings
-from api.tasks import profile_settings
-from api.workflows import is_transient, persistently
+from api.storage.database import open_database
+from api.storage.plans import PlanStore
 from benchmarks.cluster import Cluster, binary
 from benchmarks.fleet import Fleet
 from benchmarks.installation import (
@@ -39,10 +39,10 @@ from benchmarks.installation import (
     write_small_model,
 )
 from benchmarks.witness import Witness
-from profiler.calibration import silent
-from profiler.checkpoint import find_model
-from profiler.profile import load_profile
-from profiler.run import ProfileSettings, begin_profile, finish_profile, open_run, sweep_block
+from profiler.documents.profile import load_profile
+from profiler.model.checkpoint import find_model
+from profiler.statistics.calibration import silent
+from profiler.sweep.run import ProfileSettings, begin_profile, finish_profile, open_run, sweep_block
 
 pytestmark = pytest.mark.alone
 

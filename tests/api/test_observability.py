@@ -100,7 +100,7 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
     metrics.append(read_metrics(service.client))
     worker_log = folder / "worker.log"
     worker = subprocess.Popen(
-        [sys.executable, "-m", "api.job_cli", "worker"],
+        [sys.executable, "-m", "api.cli.jobs", "worker"],
         env=environment(data, **variables) | {"PYTHONPATH": os.pathsep.join(sys.path)},
         stderr=worker_log.open("wb"),
     )
@@ -189,7 +189,7 @@ def test_an_endpoint_without_the_extra_is_a_warning_and_no_more(tmp_path: Path) 
     (tmp_path / "opentelemetry" / "__init__.py").write_text("")
     script = "\n".join(
         (
-            "from api.tracing import start_tracing, task_span",
+            "from api.observability.tracing import start_tracing, task_span",
             "start_tracing('x')",
             "with task_span('j', 't', 'w'): print('computed')",
         )

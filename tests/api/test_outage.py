@@ -11,10 +11,10 @@ import pytest
 from service_process import ServiceProcess
 from sqlalchemy import select, update
 
-from api.database import Database, IdempotencyRow, JobRow, now, open_database
-from api.idempotency import STALE_SECONDS, Answers
-from api.ledger import Ledger
+from api.http.middleware.idempotency import STALE_SECONDS, Answers
+from api.jobs.repository import Ledger
 from api.settings import Settings
+from api.storage.database import Database, IdempotencyRow, JobRow, now, open_database
 from benchmarks.cluster import Cluster, binary
 
 pytestmark = pytest.mark.alone

@@ -19,16 +19,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from api.report import (
-    SCRIPTS,
-    WEB,
-    EvaluationRow,
-    Report,
-    headlines,
-    render_report,
-    uniform_kl_at,
-    write_report,
-)
+from api.report.report import SCRIPTS, WEB, headlines, render_report, uniform_kl_at, write_report
+from api.schemas.report import EvaluationRow, Report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = (

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from allocator.plan import Plan
-from api import usecases
-from api.demo import fill_report
-from api.report import render_report
-from profiler.calibration import silent, windows
-from profiler.checkpoint import DEMO_PATH, find_model, tensor_bytes
-from profiler.layers import load_model
-from profiler.profile import Profile
-from profiler.run import ProfileSettings
+from api.report.report import render_report
+from api.services import usecases
+from api.services.demo import fill_report
+from profiler.documents.profile import Profile
+from profiler.model.checkpoint import DEMO_PATH, find_model, tensor_bytes
+from profiler.model.layers import load_model
+from profiler.statistics.calibration import silent, windows
+from profiler.sweep.run import ProfileSettings
 
 BUDGETS = ("2.5bpw", "3.0bpw", "3.3bpw", "4.3bpw", "45%")
 

@@ -18,11 +18,11 @@ from road import Road
 from service_process import ServiceProcess
 
 from allocator.plan import MIB, Plan
-from api.usecases import plan_budget
+from api.services.usecases import plan_budget
 from benchmarks.cluster import Cluster, binary
-from profiler.companion import CliffDocument, Cut, GroupCliff
-from profiler.estimate import Estimate
-from profiler.profile import load_profile
+from profiler.documents.profile import load_profile
+from profiler.documents.sidecar import CliffDocument, Cut, GroupCliff
+from profiler.statistics.estimate import Estimate
 
 pytestmark = pytest.mark.alone
 

@@ -13,17 +13,17 @@ from road import Road
 from service_process import ServiceProcess
 
 from allocator.plan import load_plan
-from api.database import open_database
-from api.jobs import Jobs
-from api.profile_store import ProfileStore
+from api.jobs.client import Jobs
+from api.services.usecases import execute
 from api.settings import Settings, SettingsError
-from api.store import Store, open_store
-from api.usecases import execute
+from api.storage.artifacts import Store, open_store
+from api.storage.database import open_database
+from api.storage.profiles import ProfileStore
 from benchmarks.cluster import Cluster, binary
 from benchmarks.fleet import Fleet
 from benchmarks.installation import GRID, finished, read_profile, undisturbed, write_small_model
-from profiler.calibration import silent
-from profiler.profile import TOKEN_WEIGHTS
+from profiler.documents.profile import TOKEN_WEIGHTS
+from profiler.statistics.calibration import silent
 
 pytestmark = pytest.mark.alone
 

@@ -10,8 +10,8 @@ import pytest
 from command_line import CommandLine
 from road import Road
 
-from profiler.companion import CliffDocument, FidelityDocument, SpectrumDocument
-from profiler.profile import load_profile
+from profiler.documents.profile import load_profile
+from profiler.documents.sidecar import CliffDocument, FidelityDocument, SpectrumDocument
 
 CUTS = ("--ratios", "0.75,0.5", "--tokens", "256")
 

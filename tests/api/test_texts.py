@@ -9,10 +9,10 @@ import pytest
 from command_line import CommandLine
 from road import Road
 
-from profiler.calibration import text_tokens
-from profiler.checkpoint import DEMO_PATH, find_model
-from profiler.layers import open_model
-from profiler.profile import load_profile
+from profiler.documents.profile import load_profile
+from profiler.model.checkpoint import DEMO_PATH, find_model
+from profiler.model.layers import open_model
+from profiler.statistics.calibration import text_tokens
 
 GRID = ("--bits", "2,3,4", "--ranks", "0", "--group-sizes", "64", "--tokens", "1024")
 EACH = 512

@@ -18,9 +18,9 @@ import pytest
 from road import Road
 from service_process import ServiceProcess
 
-from api.database import open_database
-from api.keys import KeyStore
 from api.settings import Settings
+from api.storage.api_keys import KeyStore
+from api.storage.database import open_database
 
 sync_api = pytest.importorskip("playwright.sync_api")
 Page, expect = sync_api.Page, sync_api.expect

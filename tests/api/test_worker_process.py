@@ -11,10 +11,10 @@ import pytest
 from dbos._utils import retriable_sqlite_exception
 from sqlalchemy.exc import OperationalError
 
-from api.database import DatabaseError, make_engine
-from api.engine import prepare_engine, wait_out_full_disks
+from api.jobs.dbos_engine import prepare_engine, wait_out_full_disks
+from api.jobs.worker import Heartbeats
 from api.settings import Settings
-from api.worker import Heartbeats
+from api.storage.database import DatabaseError, make_engine
 from benchmarks.faults import locked
 
 pytestmark = pytest.mark.alone

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from compressor.attention import NAME
+from compressor.nn.attention import NAME
 
 PROMPT, PLACES = 11, 16
 

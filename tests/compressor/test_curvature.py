@@ -8,10 +8,10 @@ from conftest import MakeTensor
 from torch import Tensor
 
 from allocator.storage import Option
-from compressor.curvature import Curvature, row_errors, squared_error
-from compressor.decompose import decompose
-from compressor.gptq import SingularHessianError
-from compressor.precision import Operand
+from compressor.cuda.scaled_half import Operand
+from compressor.lowrank.decompose import decompose
+from compressor.lowrank.hessian import Curvature, row_errors, squared_error
+from compressor.quantize.gptq import SingularHessianError
 
 OPTIONS = (Option(3, 0, 64, 0), Option(2, 4, 64, 8), Option(0, 8, 0, 8))
 

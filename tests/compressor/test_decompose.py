@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from allocator.storage import Option
-from compressor import alternation
-from compressor.curvature import Curvature, squared_error
-from compressor.decompose import RankError, decompose
-from compressor.decomposition import Decomposition
-from compressor.gptq import DAMPING
+from compressor.lowrank import alternating as alternation
+from compressor.lowrank.decompose import RankError, decompose
+from compressor.lowrank.decomposition import Decomposition
+from compressor.lowrank.hessian import Curvature, squared_error
+from compressor.quantize.gptq import DAMPING
 
 MakeTensor = Callable[..., Tensor]
 SLACK = 1.01

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor import descent
-from compressor.descent import descended, move_codes, move_scales, settle
-from compressor.gptq import damped_diagonal, gptq, inverse_factor, round_to_nearest
 from compressor.grid import Quantized
+from compressor.quantize import descent
+from compressor.quantize.descent import descended, move_codes, move_scales, settle
+from compressor.quantize.gptq import damped_diagonal, gptq, inverse_factor, round_to_nearest
 
 MakeTensor = Callable[..., Tensor]
 BITS, GROUP_SIZES = [2, 3, 4, 8], [32, 64, 128, 64]

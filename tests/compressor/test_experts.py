@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from compressor.experts import ExpertList, UnsupportedExpertsError, unstack_experts
+from compressor.nn.experts import ExpertList, UnsupportedExpertsError, unstack_experts
 
 MakeTensor = Callable[..., Tensor]
 SIZES = {

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 import compressor.plugin  # noqa: F401  registers the format of the compressed checkpoint
 from allocator.plan import Plan, PlanBudget, PlanLayer, PlanModel
 from allocator.storage import KEEP, Option, layer_bytes
+from compressor.checkpoint_writer import BlockWork, LayerWork, WorkError, compress
 from compressor.export import export
-from compressor.worker import BlockWork, LayerWork, WorkError, compress
 
 pytest.importorskip("compressed_tensors", reason="needs the extra `export`")
 pytest.importorskip("peft", reason="needs the extra `export`")
@@ -237,7 +237,8 @@ def rebind(shard: Path, plan: Plan) -> None:
     """Mark a shard as made from `plan`."""
     from safetensors.torch import save
 
-    from compressor.worker import plan_digest, with_metadata
+    from compressor.checkpoint_writer import plan_digest
+    from compressor.metadata import with_metadata
 
     metadata = {"format": "pt", "plan_sha256": plan_digest(plan)}
     shard.write_bytes(with_metadata(save(load_file(shard)), metadata))

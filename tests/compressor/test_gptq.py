@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.gptq import SingularHessianError, gptq, inverse_factor, round_to_nearest
 from compressor.grid import Quantized
+from compressor.quantize.gptq import SingularHessianError, gptq, inverse_factor, round_to_nearest
 
 MakeTensor = Callable[..., Tensor]
 

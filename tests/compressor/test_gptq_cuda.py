@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor import descent, gptq_cuda
-from compressor import gptq as rounding
-from compressor.curvature import squared_error
-from compressor.descent import descended
-from compressor.gptq import gptq, inverse_factor
+from compressor.cuda import gptq_cuda
 from compressor.grid import Quantized
+from compressor.lowrank.hessian import squared_error
+from compressor.quantize import descent
+from compressor.quantize import gptq as rounding
+from compressor.quantize.descent import descended
+from compressor.quantize.gptq import gptq, inverse_factor
 
 MakeTensor = Callable[..., Tensor]
 Work = Callable[[int, int], None]

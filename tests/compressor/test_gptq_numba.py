@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.curvature import squared_error
-from compressor.gptq import LEAF, Factor, _Leaf, _State, gptq, in_halves, inverse_factor
 from compressor.grid import Quantized
+from compressor.lowrank.hessian import squared_error
+from compressor.quantize.gptq import LEAF, Factor, _Leaf, _State, gptq, in_halves, inverse_factor
 
 MakeTensor = Callable[..., Tensor]
 BITS, GROUP_SIZES = [2, 4, 3, 8], [32, 64, 128, 64]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compressor.gptq import round_to_nearest
+from compressor.quantize.gptq import round_to_nearest
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import compressor.plugin  # noqa: F401  registers the checkpoint format
 from allocator.storage import Option, layer_bytes
-from compressor.curvature import Curvature, squared_error
-from compressor.decompose import decompose
-from compressor.decomposition import Decomposition
-from compressor.incoherence import MOST_MIXED, block_size, restored, rotated, rotation
-from compressor.linear import CompressedLinear, layer_tensors
+from compressor.hadamard import MOST_MIXED, block_size, restored, rotated, rotation
+from compressor.lowrank.decompose import decompose
+from compressor.lowrank.decomposition import Decomposition
+from compressor.lowrank.hessian import Curvature, squared_error
+from compressor.nn.linear import CompressedLinear, layer_tensors
 from compressor.plugin import FORMAT_VERSION, METHOD
 
 MakeTensor = Callable[..., Tensor]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor.kvcache import (
+from compressor.kvcache.cache import (
     Bases,
     LowRankCache,
     LowRankLayer,
@@ -20,8 +20,8 @@ from compressor.kvcache import (
     rotated,
     unrotated,
 )
-from compressor.kvlayout import codec_of, side_of
-from compressor.kvranks import (
+from compressor.kvcache.layout import codec_of, side_of
+from compressor.kvcache.ranks import (
     CacheError,
     adaptive,
     check_chunks,

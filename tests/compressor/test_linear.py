@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from allocator.storage import Option
-from compressor.curvature import Curvature
-from compressor.decompose import decompose
-from compressor.decomposition import Decomposition
-from compressor.linear import CompressedLinear, layer_tensors
+from compressor.lowrank.decompose import decompose
+from compressor.lowrank.decomposition import Decomposition
+from compressor.lowrank.hessian import Curvature
+from compressor.nn.linear import CompressedLinear, layer_tensors
 
 MakeTensor = Callable[..., Tensor]
 OPTIONS = [

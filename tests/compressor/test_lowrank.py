@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.gptq import Factor, SingularHessianError, inverse_factor
-from compressor.lowrank import (
+from compressor.cuda.scaled_half import Operand
+from compressor.lowrank.factorize import (
     Factors,
     Root,
     factorize,
@@ -20,7 +20,7 @@ from compressor.lowrank import (
     square_root,
     through,
 )
-from compressor.precision import Operand
+from compressor.quantize.gptq import Factor, SingularHessianError, inverse_factor
 
 MakeTensor = Callable[..., Tensor]
 on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

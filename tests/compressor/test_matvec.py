@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from allocator.storage import Option
-from compressor import matvec_cuda
-from compressor.curvature import Curvature
-from compressor.decompose import decompose
-from compressor.decomposition import Decomposition
-from compressor.linear import CompressedLinear, Siblings, decoded, layer_tensors
+from compressor.cuda import matvec_cuda
+from compressor.lowrank.decompose import decompose
+from compressor.lowrank.decomposition import Decomposition
+from compressor.lowrank.hessian import Curvature
+from compressor.nn.linear import CompressedLinear, Siblings, decoded, layer_tensors
 from compressor.packing import PLANES
 from compressor.plugin import join_siblings
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.precision import ROOM, Operand, largest_of, product, subtract_product
+from compressor.cuda.scaled_half import ROOM, Operand, largest_of, product, subtract_product
 
 MakeTensor = Callable[..., Tensor]
 on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor import residual as residuals
+from compressor.cuda import residual as residuals
+from compressor.cuda.residual import put_columns, squared_distances
+from compressor.cuda.residual import residuals as residuals_of
+from compressor.cuda.scaled_half import ROOM, Operand, largest_of
 from compressor.grid import Quantized
-from compressor.precision import ROOM, Operand, largest_of
-from compressor.residual import put_columns, squared_distances
-from compressor.residual import residuals as residuals_of
 
 MakeTensor = Callable[..., Tensor]
 SHAPES = [(9, 31), (300, 140), (260, 256)]

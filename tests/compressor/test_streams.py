@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from compressor.streams import SMALL_MATRIX, at_once, side_by_side
+from compressor.cuda.cuda_streams import SMALL_MATRIX, at_once, side_by_side
 
 CPU = torch.device("cpu")
 LARGE = SMALL_MATRIX + 1

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from allocator.plan import Plan, PlanBudget, PlanLayer, PlanModel
 from allocator.storage import KEEP, KEEP_BITS, Option, layer_bytes
-from compressor.worker import BlockWork, LayerWork, WorkError, compress
+from compressor.checkpoint_writer import BlockWork, LayerWork, WorkError, compress
 
 MakeTensor = Callable[..., Tensor]
 ROWS, COLUMNS, BLOCKS = 24, 70, 3

@@ -17,11 +17,11 @@ from transformers import (
     PretrainedConfig,
 )
 
-from profiler.calibration import silent
-from profiler.checkpoint import find_model
-from profiler.layers import LoadedModel, load_model
-from profiler.profile import Profile
-from profiler.run import ProfileSettings, build_profile
+from profiler.documents.profile import Profile
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import LoadedModel, load_model
+from profiler.statistics.calibration import silent
+from profiler.sweep.run import ProfileSettings, build_profile
 
 torch.set_num_threads(1)
 

@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from profiler.calibration import OPENINGS
-from profiler.checkpoint import ModelRef, find_model
+from profiler.model.checkpoint import ModelRef, find_model
+from profiler.statistics.calibration import OPENINGS
 
 BOS, MASK, SOP, LATE = "<bos>", "[gMASK]", "<sop>", "<late>"
 VOCABULARY, CONTEXT = 320, 64

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from profiler.ahead import Ahead
-from profiler.checkpoint import find_model
-from profiler.layers import LoadedModel, open_model
-from profiler.moments import BlockInputs
+from profiler.execution.prefetch import Ahead
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import LoadedModel, open_model
+from profiler.statistics.moments import BlockInputs
 
 on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

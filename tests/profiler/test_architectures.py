@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM
 import compressor.plugin  # noqa: F401  registers the checkpoint format
 from allocator.plan import Plan, PlanLayer
 from allocator.storage import KEEP, KEEP_BITS, Option, layer_bytes
-from api.usecases import compress_plan, evaluate_model, plan_budget
-from compressor.curvature import Curvature
-from compressor.decompose import decompose
-from profiler.calibration import silent
-from profiler.checkpoint import find_model, tensor_bytes
-from profiler.layers import load_model
-from profiler.profile import Profile
-from profiler.stream import block_works
+from api.services.usecases import compress_plan, evaluate_model, plan_budget
+from compressor.lowrank.decompose import decompose
+from compressor.lowrank.hessian import Curvature
+from profiler.documents.profile import Profile
+from profiler.execution.block_pipeline import block_works
+from profiler.model.checkpoint import find_model, tensor_bytes
+from profiler.model.layers import load_model
+from profiler.statistics.calibration import silent
 
 ARCHITECTURES = ("gpt2", "gpt_neo", "llama", "mixtral", "opt")
 EVERY_KIND = (

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from profiler.calibration import (
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import LoadedModel, load_model
+from profiler.statistics.calibration import (
     CalibrationError,
     sample_tokens,
     text_tokens,
     tokens_sha256,
     windows,
 )
-from profiler.checkpoint import find_model
-from profiler.layers import LoadedModel, load_model
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from profiler.class_gains import PENALTIES, Floats, fit_class_gains, one_gain, option_class
+from profiler.prediction.class_calibration import PENALTIES, Floats, fit_class_gains, one_gain, option_class
 
 TRUE_K = np.array([0.5, 0.8, 1.3, 2.0])
 LOOSEST = min(PENALTIES)

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from allocator.plan import PlanModel
-from profiler.calibration import CalibrationError
-from profiler.checkpoint import find_model
-from profiler.cliff import Part, crossing, cut_weights, groups_of, measure_cliff, name_cliff
-from profiler.companion import CliffDocument, Cut
-from profiler.estimate import Estimate
-from profiler.layers import LoadedModel, load_model
-from profiler.prompts import repeated_share
+from profiler.documents.sidecar import CliffDocument, Cut
+from profiler.evaluation.prompts import repeated_share
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import LoadedModel, load_model
+from profiler.statistics.calibration import CalibrationError
+from profiler.statistics.estimate import Estimate
+from profiler.studies.cliff import Part, crossing, cut_weights, groups_of, measure_cliff, name_cliff
 
 MODEL = PlanModel(id="tiny", revision=None, weights_sha256="0" * 64)
 TOKENS_NT = torch.randint(1, 128, (3, 64), generator=torch.Generator().manual_seed(0))

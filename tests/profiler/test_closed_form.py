@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from allocator.storage import Option
-from api.usecases import plan_budget
-from compressor.curvature import Curvature, row_errors
-from compressor.decompose import decompose
-from compressor.precision import Operand
-from profiler.calibration import silent
-from profiler.checkpoint import find_model
-from profiler.closed_form import (
+from api.services.usecases import plan_budget
+from compressor.cuda.scaled_half import Operand
+from compressor.lowrank.decompose import decompose
+from compressor.lowrank.hessian import Curvature, row_errors
+from profiler.documents.profile import Profile
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import Layer, LoadedModel
+from profiler.prediction.measurement import GridSettings, Measurement
+from profiler.statistics.calibration import silent
+from profiler.statistics.moments import InputMoment
+from profiler.sweep.closed_form import (
     PRIOR_MEAN,
     ClosedForm,
     Corrected,
@@ -28,12 +32,8 @@ from profiler.closed_form import (
     predictable,
     spectrum_option,
 )
-from profiler.layers import Layer, LoadedModel
-from profiler.measurement import GridSettings, Measurement
-from profiler.moments import InputMoment
-from profiler.profile import Profile
-from profiler.run import ProfileSettings, build_profile
-from profiler.sweep import WIDE, RowPrice, sweep_layer
+from profiler.sweep.run import ProfileSettings, build_profile
+from profiler.sweep.sweep import WIDE, RowPrice, sweep_layer
 
 GRID = GridSettings((2, 3, 4, 5, 6, 8), (0, 8, 16, 32), (32, 64, 128), (64,), (4,))
 LAYER = Layer("q", 0, "q", 192, 192, False)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from profiler.calibration import silent
-from profiler.checkpoint import find_model
-from profiler.companion import CliffDocument, CompanionError, FidelityDocument, SpectrumDocument
-from profiler.profile import Profile
-from profiler.run import ProfileSettings, build_profile
+from profiler.documents.profile import Profile
+from profiler.documents.sidecar import CliffDocument, CompanionError, FidelityDocument, SpectrumDocument
+from profiler.model.checkpoint import find_model
+from profiler.statistics.calibration import silent
+from profiler.sweep.run import ProfileSettings, build_profile
 
 
 @pytest.fixture

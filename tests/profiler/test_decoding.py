@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, MambaConfig, MistralConfig, PretrainedConfig
 
-from profiler import calibration
-from profiler.calibration import sample_tokens
-from profiler.checkpoint import ModelError, find_model
-from profiler.decoding import Step, appended_step, eager_step, recorded_step, static_cache
-from profiler.layers import load_model
+from profiler.model.checkpoint import ModelError, find_model
+from profiler.model.layers import load_model
+from profiler.statistics import calibration
+from profiler.statistics.calibration import sample_tokens
+from profiler.statistics.decoding import Step, appended_step, eager_step, recorded_step, static_cache
 
 ARCHITECTURES = ("gpt2", "llama", "mixtral", "opt")
 LENGTH, WINDOWS = 40, 3

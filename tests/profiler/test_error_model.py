@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allocator.storage import Option
-from profiler.error_model import ErrorModel, fit_error_model
-from profiler.measurement import Measurement
+from profiler.prediction.error_model import ErrorModel, fit_error_model
+from profiler.prediction.measurement import Measurement
 
 N = 256
 BITS, RANKS, SIZES = (2, 3, 4, 5, 6, 8), (4, 8, 16, 32, 64, 128), (32, 64, 128)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from profiler.estimate import Estimate, estimate
-from profiler.tiers import outliers, robust_z, tiers
+from profiler.statistics.estimate import Estimate, estimate
+from profiler.studies.tiers import outliers, robust_z, tiers
 
 
 def test_the_interval_holds_the_mean_and_narrows_with_windows() -> None:

@@ -10,10 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from profiler.calibration import sample_tokens
-from profiler.checkpoint import ModelRef, find_model
-from profiler.evaluation import Fidelity, Reference, live_logits, measure, stored_logits, tokens_per_second
-from profiler.layers import LoadedModel, load_model, open_model
+from profiler.evaluation.divergence import (
+    Fidelity,
+    Reference,
+    live_logits,
+    measure,
+    stored_logits,
+    tokens_per_second,
+)
+from profiler.model.checkpoint import ModelRef, find_model
+from profiler.model.layers import LoadedModel, load_model, open_model
+from profiler.statistics.calibration import sample_tokens
 
 Load = Callable[[ModelRef], LoadedModel]
 

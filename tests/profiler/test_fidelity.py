@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from allocator.plan import PlanModel
-from profiler.calibration import CalibrationError, sample_tokens
-from profiler.checkpoint import ModelError, find_model
-from profiler.evaluation import live_logits, measure
-from profiler.fidelity import compressed_blocks, fidelity_document, measure_blocks
-from profiler.layers import LoadedModel, load_model, open_model
-from profiler.substitution import Continuation, Weights, substituted
+from profiler.evaluation.divergence import live_logits, measure
+from profiler.model.checkpoint import ModelError, find_model
+from profiler.model.layers import LoadedModel, load_model, open_model
+from profiler.model.weight_patching import Continuation, Weights, substituted
+from profiler.statistics.calibration import CalibrationError, sample_tokens
+from profiler.studies.fidelity import compressed_blocks, fidelity_document, measure_blocks
 
 MODEL = PlanModel(id="tiny", revision=None, weights_sha256="0" * 64)
 TOKENS_NT = torch.randint(1, 128, (4, 64), generator=torch.Generator().manual_seed(0))

@@ -9,15 +9,15 @@ import pytest
 
 from allocator.plan import Plan, with_choice
 from allocator.storage import KEEP, Option
-from allocator.strategies import manual
-from api.usecases import execute, plan_budget
-from profiler.calibration import silent
-from profiler.checkpoint import find_model
-from profiler.evaluation import live_logits, measure
-from profiler.gate import verified
-from profiler.layers import LoadedModel, load_model, open_model
-from profiler.profile import Profile
-from profiler.trial import measure_trials
+from allocator.strategies.strategies import manual
+from api.services.usecases import execute, plan_budget
+from profiler.documents.profile import Profile
+from profiler.evaluation.divergence import live_logits, measure
+from profiler.evaluation.plan_evaluation import measure_trials
+from profiler.evaluation.verification import verified
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import LoadedModel, load_model, open_model
+from profiler.statistics.calibration import silent
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from profiler.goodhart import task_agreement
+from profiler.studies.task_correlation import task_agreement
 
 PLANS = ("a", "b", "c")
 KL = np.array([0.1, 0.2, 0.4])

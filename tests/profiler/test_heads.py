@@ -14,21 +14,21 @@ from typer.testing import CliRunner
 
 import compressor.plugin  # noqa: F401  registers the checkpoint format
 from allocator.plan import load_plan
-from allocator.policy import Policy, PolicyRule
 from allocator.storage import Option
-from api import cli
-from api.curves import curve_rows, layer_curves
-from api.usecases import compress_plan, curve_points, evaluate_model, plan_budget
-from compressor.curvature import Curvature, row_errors
-from compressor.decompose import decompose
-from profiler.calibration import silent
-from profiler.checkpoint import find_model, tensor_bytes
-from profiler.closed_form import first_measured, predictable
-from profiler.heads import separable_heads
-from profiler.layers import Layer, load_model
-from profiler.profile import Profile, load_profile
-from profiler.run import ProfileSettings, build_profile
-from profiler.stream import block_works
+from allocator.strategies.policy import Policy, PolicyRule
+from api.cli import main as cli
+from api.services.curves import curve_rows, layer_curves
+from api.services.usecases import compress_plan, curve_points, evaluate_model, plan_budget
+from compressor.lowrank.decompose import decompose
+from compressor.lowrank.hessian import Curvature, row_errors
+from profiler.documents.profile import Profile, load_profile
+from profiler.execution.block_pipeline import block_works
+from profiler.model.checkpoint import find_model, tensor_bytes
+from profiler.model.heads import separable_heads
+from profiler.model.layers import Layer, load_model
+from profiler.statistics.calibration import silent
+from profiler.sweep.closed_form import first_measured, predictable
+from profiler.sweep.run import ProfileSettings, build_profile
 
 SETTINGS = ProfileSettings(
     tokens=640,

@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 import torch
 
-from allocator.cache import planned_cache
+from allocator.kv_cache import planned_cache
 from allocator.plan import PlanCache
-from compressor.kvlayout import DTYPE, FILE, layout_file, load_layout
-from compressor.kvranks import CacheError, Ranks
-from profiler.calibration import silent
-from profiler.checkpoint import find_model
-from profiler.companion import CompanionError
-from profiler.evaluation import compare, live_logits
-from profiler.kvprofile import (
+from compressor.kvcache.layout import DTYPE, FILE, layout_file, load_layout
+from compressor.kvcache.ranks import CacheError, Ranks
+from profiler.documents.profile import Profile, load_profile
+from profiler.documents.sidecar import CompanionError
+from profiler.evaluation.divergence import compare, live_logits
+from profiler.kvcache.profile import (
     ARRAYS,
     CacheProfile,
     group_error,
     load_cache_profile,
     measure_cache_profile,
 )
-from profiler.layers import LoadedModel, load_model
-from profiler.profile import Profile, load_profile
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import LoadedModel, load_model
+from profiler.statistics.calibration import silent
 
 CHUNK, CONTEXT, BATCH = 8, 48, 3
 

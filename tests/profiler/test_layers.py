@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from compressor.experts import UnsupportedExpertsError
-from profiler.checkpoint import ModelError, find_model
-from profiler.layers import LoadedModel, find_blocks, find_layers, load_model
+from compressor.nn.experts import UnsupportedExpertsError
+from profiler.model.checkpoint import ModelError, find_model
+from profiler.model.layers import LoadedModel, find_blocks, find_layers, load_model
 
 ATTENTION_AND_MLP = {
     "gpt2": {"c_attn", "c_proj", "c_fc"},

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from allocator.plan import Plan
-from api.usecases import plan_budget
-from profiler.calibration import silent
-from profiler.checkpoint import ModelRef, find_model
-from profiler.gain import Gain
-from profiler.layers import LoadedModel, open_model
-from profiler.moments import BlockInputs, InputMoment, TokenWeights, input_moments, weigh_tokens
-from profiler.profile import Profile
-from profiler.run import ProfileSettings, build_profile
-from profiler.sweep import RowPrice, sweep_layer
-from profiler.trial import measure_trials
+from api.services.usecases import plan_budget
+from profiler.documents.profile import Profile
+from profiler.evaluation.plan_evaluation import measure_trials
+from profiler.model.checkpoint import ModelRef, find_model
+from profiler.model.layers import LoadedModel, open_model
+from profiler.prediction.calibration_factor import Gain
+from profiler.statistics.calibration import silent
+from profiler.statistics.moments import BlockInputs, InputMoment, TokenWeights, input_moments, weigh_tokens
+from profiler.sweep.run import ProfileSettings, build_profile
+from profiler.sweep.sweep import RowPrice, sweep_layer
 
 HIDDEN, HEADS, KEY_HEADS, HEAD, BLOCKS, WINDOW = 64, 4, 2, 16, 4, 64
 ALIKE, MASSIVE = 0, 1

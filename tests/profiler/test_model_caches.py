@@ -12,12 +12,10 @@ import torch
 from transformers import CohereConfig, CohereForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from compressor.kvcache import LowRankCache, Projected, Unrounded
-from compressor.kvlayout import CacheLayout, bases_of
-from compressor.kvranks import CacheError, predicted_bytes, uniform
-from profiler.calibration import text_tokens
-from profiler.checkpoint import DEMO_PATH, find_model
-from profiler.kvcache import (
+from compressor.kvcache.cache import LowRankCache, Projected, Unrounded
+from compressor.kvcache.layout import CacheLayout, bases_of
+from compressor.kvcache.ranks import CacheError, predicted_bytes, uniform
+from profiler.kvcache.study import (
     PROBE_WINDOWS,
     KeysAndValues,
     adaptive_ranks,
@@ -27,7 +25,9 @@ from profiler.kvcache import (
     reference_logits,
     sensitivities,
 )
-from profiler.layers import LoadedModel, load_model
+from profiler.model.checkpoint import DEMO_PATH, find_model
+from profiler.model.layers import LoadedModel, load_model
+from profiler.statistics.calibration import text_tokens
 
 SHARED = Path(__file__).parents[3] / "shared"
 

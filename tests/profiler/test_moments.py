@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from api.usecases import plan_budget
-from profiler.calibration import silent
-from profiler.checkpoint import ModelError, find_model
-from profiler.layers import Layer, LoadedModel, load_model, open_model
-from profiler.moments import (
+from api.services.usecases import plan_budget
+from profiler.execution.block_pipeline import block_works
+from profiler.model.checkpoint import ModelError, find_model
+from profiler.model.layers import Layer, LoadedModel, load_model, open_model
+from profiler.statistics.calibration import silent
+from profiler.statistics.moments import (
     BlockInputs,
     InputMoment,
     TokenWeight,
@@ -27,8 +28,7 @@ from profiler.moments import (
     input_moments,
     weigh_tokens,
 )
-from profiler.run import ProfileSettings, build_profile
-from profiler.stream import block_works
+from profiler.sweep.run import ProfileSettings, build_profile
 
 ARCHITECTURES = ("gpt2", "gpt_neo", "llama", "mixtral", "opt")
 TOKENS_NT = torch.randint(1, 128, (6, 24), generator=torch.Generator().manual_seed(3))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from profiler import offload
-from profiler.checkpoint import find_model
-from profiler.layers import LoadedModel, load_model, open_model
+from profiler.model import offload
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import LoadedModel, load_model, open_model
 
 ARCHITECTURES = ("gpt2", "gpt_neo", "llama", "mixtral", "opt")
 TOKENS_NT = torch.randint(128, (2, 32), generator=torch.Generator().manual_seed(0))

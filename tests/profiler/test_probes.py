@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from allocator.storage import KEEP, Option
-from compressor.curvature import Curvature
-from compressor.decompose import decompose
-from profiler.checkpoint import find_model
-from profiler.gain import Gain, Probe, calibrate
-from profiler.layers import LoadedModel, open_model
-from profiler.probes import keeper, measure_probes, read_probe
-from profiler.profile import Profile
-from profiler.writer import Writer
+from compressor.lowrank.decompose import decompose
+from compressor.lowrank.hessian import Curvature
+from profiler.documents.profile import Profile
+from profiler.evaluation.reference_configs import keeper, measure_probes, read_probe
+from profiler.execution.writer import Writer
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import LoadedModel, open_model
+from profiler.prediction.calibration_factor import Gain, Probe, calibrate
 
 CPU = torch.device("cpu")
 STUDENT_95_1 = 6.313751514675043

@@ -14,11 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from allocator.storage import KEEP
-from api.usecases import compress_plan, plan_budget
-from profiler.calibration import silent
-from profiler.checkpoint import find_model, tensor_bytes
-from profiler.profile import Profile, ProfileError, load_profile
-from profiler.run import ProfileSettings, build_profile
+from api.services.usecases import compress_plan, plan_budget
+from profiler.documents.profile import Profile, ProfileError, load_profile
+from profiler.model.checkpoint import find_model, tensor_bytes
+from profiler.statistics.calibration import silent
+from profiler.sweep.run import ProfileSettings, build_profile
 
 SMALL = ProfileSettings(
     tokens=320, bits=(2, 3, 4), ranks=(0, 4), group_sizes=(64,), factor_bits=(8,), rounds=1

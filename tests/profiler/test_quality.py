@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from compressor.decompose import RankError
-from profiler.checkpoint import find_model
-from profiler.layers import LoadedModel, load_model, open_model
-from profiler.prompts import sample_pair
-from profiler.quality import BANDS, truncations
-from profiler.spectrum import energy_curve
+from compressor.lowrank.decompose import RankError
+from profiler.evaluation.prompts import sample_pair
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import LoadedModel, load_model, open_model
+from profiler.studies.quality import BANDS, truncations
+from profiler.studies.spectrum import energy_curve
 
 
 @pytest.fixture

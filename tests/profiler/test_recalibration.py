@@ -14,13 +14,9 @@ from torch import Tensor
 
 from allocator.problem import Integers
 from allocator.storage import KEEP
-from allocator.strategies import choice_bytes, choice_cost
-from profiler.calibration import Progress, silent
-from profiler.checkpoint import find_model
-from profiler.class_gains import option_class
-from profiler.layers import LoadedModel, open_model
-from profiler.profile import Profile, ProfileError, load_profile
-from profiler.recalibration import (
+from allocator.strategies.strategies import choice_bytes, choice_cost
+from profiler.documents.profile import Profile, ProfileError, load_profile
+from profiler.evaluation.plan_calibration import (
     FEWEST_PLANS,
     RecalibrationSettings,
     agreement,
@@ -29,8 +25,12 @@ from profiler.recalibration import (
     random_choices,
     recalibrate,
 )
-from profiler.run import ProfileSettings, build_profile
-from profiler.trial import measure_trials, trial_of
+from profiler.evaluation.plan_evaluation import measure_trials, trial_of
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import LoadedModel, open_model
+from profiler.prediction.class_calibration import option_class
+from profiler.statistics.calibration import Progress, silent
+from profiler.sweep.run import ProfileSettings, build_profile
 
 FEW = RecalibrationSettings(plans=FEWEST_PLANS)
 LARGE = RecalibrationSettings(plans=FEWEST_PLANS, low_bpw=3.6, high_bpw=4.4)

@@ -12,17 +12,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from allocator.storage import Option
-from api.usecases import execute, plan_budget
-from compressor.curvature import Curvature
-from compressor.decompose import decompose
-from compressor.linear import CompressedLinear, layer_tensors
-from compressor.worker import WorkError
-from profiler.calibration import silent
-from profiler.checkpoint import find_model
-from profiler.evaluation import live_logits, measure
-from profiler.layers import LoadedModel, load_model
-from profiler.profile import Profile
-from profiler.recovery import (
+from api.services.usecases import execute, plan_budget
+from compressor.checkpoint_writer import WorkError
+from compressor.lowrank.decompose import decompose
+from compressor.lowrank.hessian import Curvature
+from compressor.nn.linear import CompressedLinear, layer_tensors
+from profiler.documents.profile import Profile
+from profiler.evaluation.divergence import live_logits, measure
+from profiler.model.checkpoint import find_model
+from profiler.model.layers import LoadedModel, load_model
+from profiler.recovery.recovery import (
     SAVED_EVERY,
     RecoverySettings,
     TrainableLinear,
@@ -31,6 +30,7 @@ from profiler.recovery import (
     learning_rate,
     recover,
 )
+from profiler.statistics.calibration import silent
 
 SHORT = RecoverySettings(steps=40, windows=2)
 OPTIONS = [

@@ -14,17 +14,17 @@ from transformers import AutoModelForCausalLM
 from allocator.errors import ExportError
 from allocator.plan import Plan
 from allocator.storage import Option
-from api.usecases import compress_plan, curve_points, plan_budget
+from api.services.usecases import compress_plan, curve_points, plan_budget
 from compressor.export import export
-from compressor.linear import CompressedLinear
-from profiler.calibration import silent
-from profiler.checkpoint import find_model, tensor_bytes
-from profiler.closed_form import first_measured, predictable
-from profiler.layers import Layer
-from profiler.measurement import GridSettings
-from profiler.profile import Profile, load_profile
-from profiler.recovery import TrainableLinear
-from profiler.run import ProfileSettings, build_profile
+from compressor.nn.linear import CompressedLinear
+from profiler.documents.profile import Profile, load_profile
+from profiler.model.checkpoint import find_model, tensor_bytes
+from profiler.model.layers import Layer
+from profiler.prediction.measurement import GridSettings
+from profiler.recovery.recovery import TrainableLinear
+from profiler.statistics.calibration import silent
+from profiler.sweep.closed_form import first_measured, predictable
+from profiler.sweep.run import ProfileSettings, build_profile
 
 SETTINGS = ProfileSettings(
     tokens=320, bits=(2, 3), ranks=(0, 4), group_sizes=(64,), factor_bits=(8,), rounds=1, rotations=True

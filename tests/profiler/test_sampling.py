@@ -13,9 +13,9 @@ import torch
 from started import CONTEXT, IDS, VOCABULARY, foreign, small_llama, started_llama
 from tokenizers import processors
 
-from profiler.calibration import OPENED_SHARE, OPENINGS, drawn_openings, sample_tokens
-from profiler.checkpoint import ModelRef, find_model
-from profiler.layers import LoadedModel, load_model
+from profiler.model.checkpoint import ModelRef, find_model
+from profiler.model.layers import LoadedModel, load_model
+from profiler.statistics.calibration import OPENED_SHARE, OPENINGS, drawn_openings, sample_tokens
 
 KINDS = {
     "encyclopedia",

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiler.layers import Layer
-from profiler.profile import CheckedPlan, PartProbe
-from profiler.self_check import LARGEST_CORRECTION, WIDEST, checked_gain, class_of, corrections
+from profiler.documents.profile import CheckedPlan, PartProbe
+from profiler.model.layers import Layer
+from profiler.sweep.self_check import LARGEST_CORRECTION, WIDEST, checked_gain, class_of, corrections
 
 PROJECTIONS = ("q_proj", "up_proj", "down_proj")
 BLOCKS = 3

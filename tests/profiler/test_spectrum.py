@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allocator.plan import PlanModel
-from profiler.checkpoint import find_model
-from profiler.heads import heads_of
-from profiler.layers import LoadedModel, open_model
-from profiler.spectrum import SHARES, energy_curve, rank_for, spectrum_document, spectrum_of
+from profiler.model.checkpoint import find_model
+from profiler.model.heads import heads_of
+from profiler.model.layers import LoadedModel, open_model
+from profiler.studies.spectrum import SHARES, energy_curve, rank_for, spectrum_document, spectrum_of
 
 MODEL = PlanModel(id="tiny", revision=None, weights_sha256="0" * 64)
 

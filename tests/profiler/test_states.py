@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from profiler.layers import LoadedModel
-from profiler.states import Negatives, Pool, influence
+from profiler.model.layers import LoadedModel
+from profiler.studies.hidden_states import Negatives, Pool, influence
 
 TOKENS_NT = torch.randint(128, (3, 20), generator=torch.Generator().manual_seed(0))
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from allocator.storage import Option
-from compressor.curvature import Curvature
-from compressor.decompose import decompose
-from compressor.decomposition import Decomposition
-from profiler.layers import Layer, LoadedModel
-from profiler.measurement import GridSettings
-from profiler.moments import InputMoment
-from profiler.profile import Profile
-from profiler.sweep import RowPrice, default_ranks, sweep_layer
+from compressor.lowrank.decompose import decompose
+from compressor.lowrank.decomposition import Decomposition
+from compressor.lowrank.hessian import Curvature
+from profiler.documents.profile import Profile
+from profiler.model.layers import Layer, LoadedModel
+from profiler.prediction.measurement import GridSettings
+from profiler.statistics.moments import InputMoment
+from profiler.sweep.sweep import RowPrice, default_ranks, sweep_layer
 
 GRID = GridSettings((2, 4), (0, 4), (32, 64), (64,), (4, 8))
 

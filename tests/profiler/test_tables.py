@@ -15,17 +15,17 @@ from transformers import AutoModelForCausalLM
 import compressor.plugin  # noqa: F401  registers the checkpoint format
 from allocator.plan import Plan, load_plan
 from allocator.storage import KEEP_BITS, Option
-from api.usecases import compress_plan, plan_budget, uniform_points, verify_plan
-from compressor.linear import CompressedLinear
-from compressor.table import CompressedEmbedding, rounded_table
-from profiler.calibration import silent
-from profiler.checkpoint import find_model, tensor_bytes
-from profiler.companion import TablesDocument
-from profiler.evaluation import live_logits, measure
-from profiler.layers import load_model, open_model
-from profiler.profile import Profile, ProfileError, load_profile
-from profiler.run import ProfileSettings, build_profile
-from profiler.tables import find_tables, tables_rounded
+from api.services.usecases import compress_plan, plan_budget, uniform_points, verify_plan
+from compressor.nn.embedding import CompressedEmbedding, rounded_table
+from compressor.nn.linear import CompressedLinear
+from profiler.documents.profile import Profile, ProfileError, load_profile
+from profiler.documents.sidecar import TablesDocument
+from profiler.evaluation.divergence import live_logits, measure
+from profiler.evaluation.embeddings import find_tables, tables_rounded
+from profiler.model.checkpoint import find_model, tensor_bytes
+from profiler.model.layers import load_model, open_model
+from profiler.statistics.calibration import silent
+from profiler.sweep.run import ProfileSettings, build_profile
 
 TABLES = {
     "llama": {"model.embed_tokens": "embedding", "lm_head": "head"},

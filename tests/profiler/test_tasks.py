@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from profiler.checkpoint import DEMO, DEMO_PATH, find_model
-from profiler.downstream import TaskError, find_tasks, make_tasks, task_scores
-from profiler.layers import LoadedModel, load_model
+from profiler.model.checkpoint import DEMO, DEMO_PATH, find_model
+from profiler.model.layers import LoadedModel, load_model
+from profiler.studies.downstream import TaskError, find_tasks, make_tasks, task_scores
 
 pytest.importorskip("lm_eval")
 TEXT = DEMO_PATH / "evaluation.txt"

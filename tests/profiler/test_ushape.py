@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from profiler.ushape import LEVEL, u_shape
+from profiler.statistics.ushape import LEVEL, u_shape
 
 DEPTH = np.arange(12) / 11
 CURVES = {

@@ -13,15 +13,15 @@ from started import CONTEXT, IDS, VOCABULARY, byte_pairs, foreign, small_llama, 
 from tokenizers import processors
 from torch import Tensor
 
-from api.usecases import plan_budget
-from profiler.calibration import CalibrationError, silent, text_tokens, windows
-from profiler.checkpoint import ModelError, ModelRef, find_model
-from profiler.evaluation import compare, live_logits, measure, stored_logits, window_divergences
-from profiler.gate import verified
-from profiler.layers import LoadedModel, load_model, open_model
-from profiler.profile import Profile
-from profiler.prompts import NEW_TOKENS, prompt_tokens
-from profiler.run import ProfileSettings, build_profile
+from api.services.usecases import plan_budget
+from profiler.documents.profile import Profile
+from profiler.evaluation.divergence import compare, live_logits, measure, stored_logits, window_divergences
+from profiler.evaluation.prompts import NEW_TOKENS, prompt_tokens
+from profiler.evaluation.verification import verified
+from profiler.model.checkpoint import ModelError, ModelRef, find_model
+from profiler.model.layers import LoadedModel, load_model, open_model
+from profiler.statistics.calibration import CalibrationError, silent, text_tokens, windows
+from profiler.sweep.run import ProfileSettings, build_profile
 
 KINDS = ("none", "one", "two")
 LINES = "\n".join(

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from profiler.writer import WAITING, Writer
+from profiler.execution.writer import WAITING, Writer
 
 
 def test_tasks_run_in_their_order_and_are_done_when_it_is_left() -> None:
