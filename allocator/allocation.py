@@ -1,8 +1,8 @@
 """From a menu, constraints and a budget to one option per layer, by the best solver for what is asked.
 
 What lives here: `allocate`, which chooses among the exact knapsack, one knapsack per device, the Lagrangian
-search and the integer programme. The solvers are `knapsack.py`, `resources.py` and `convex.py`; the
-constraints' meaning is `constraints.py`.
+search and the integer programme. The solvers are `knapsack.py`, `problem.py` and `convex.py`; the
+constraints' meaning is `rules.py`.
 """
 
 from __future__ import annotations

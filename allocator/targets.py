@@ -1,7 +1,7 @@
 """Targets: what the runtime that will serve a plan can execute, so that no plan is made that it cannot.
 
 What lives here: the table of runtimes, and a menu restricted to one of them. The restricted menu goes through the
-same strategies and solvers as any other; what layers must share is a constraint (`constraints.py`).
+same strategies and solvers as any other; what layers must share is a constraint (`rules.py`).
 """
 
 from __future__ import annotations

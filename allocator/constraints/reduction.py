@@ -1,7 +1,7 @@
 """The knapsack that is left when constraints are respected, and the way back to one option per layer.
 
 What lives here: `ConstrainedProblem`, and `constrain`, which makes it from a menu: forbidden options gone,
-tie groups merged. The constraints and their rules are `constraints.py`, the merging is `ties.py`.
+tie groups merged. The constraints and their rules are `rules.py`, the merging is `ties.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a plan must respect besides its budget.
 
 What lives here: `Constraints`, the rules that forbid options, the tie groups, and the errors that say which
-of them leaves nothing and how far. The knapsack under constraints is `constrained.py`, solving with them
+of them leaves nothing and how far. The knapsack under constraints is `reduction.py`, solving with them
 `allocation.py`.
 """
 

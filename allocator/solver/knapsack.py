@@ -1,6 +1,6 @@
 """The exact solver of the multiple-choice knapsack: one option per group, least cost, within a budget.
 
-What lives here: `solve`, which joins the relaxation (`relaxation.py`), the search of the core (`core.py`)
+What lives here: `solve`, which joins the relaxation (`relaxation.py`), the search of the core (`core_search.py`)
 and, as a last resort, an integer program; and `Knapsack`, the same for many budgets of one table. The frontier
 is `frontier.py`, the check of an answer `certificate.py`.
 

@@ -3,7 +3,7 @@ matter.
 
 What lives here: `Table` and its `Block`s (the options as matrices, read in cache-sized runs), `relax` (the
 multiplier at which the relaxation breaks) and `Table.survivors` (reduced-cost fixing). The integer search is
-`core.py`.
+`core_search.py`.
 
 For a multiplier λ ≥ 0 (cost per byte) every group separately takes the option of least cost + λ·size. Those
 minima sum to a lower bound on any feasible choice, after subtracting λ·budget, and the best λ gives the bound

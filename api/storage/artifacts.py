@@ -2,7 +2,7 @@
 
 What lives here: the store behind BITRANK_STORE, for workers that share a database but no disk. The data directory stays
 the only place where anything is computed; the store holds what is finished. Which output is published when is for
-`tasks.py` and `profile_store.py`.
+`tasks.py` and `profiles.py`.
 
     <store>/<name>/…      the files of one output
     <store>/<name>.json   their digests, written last: without it the output is not there

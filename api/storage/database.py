@@ -2,7 +2,7 @@
 
 What lives here: what is stored of models, profiles, plans, jobs, evaluations, API keys and answered requests.
 Large arrays stay in files of the data directory; a row says where. Reading and writing for a purpose is done by
-the files named for it (`plan_store.py`, `jobs.py`, `keys.py`, …).
+the files named for it (`plans.py`, `client.py`, `api_keys.py`, …).
 """
 
 from __future__ import annotations

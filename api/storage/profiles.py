@@ -1,7 +1,7 @@
 """Profiles the service knows: their rows, their directories, the parsed ones in memory.
 
 What lives here: registering a finished profile, finding one by model, and a bounded cache of parsed profiles.
-Measuring is the profiler's; running it as a job is in `jobs.py`.
+Measuring is the profiler's; running it as a job is in `client.py`.
 """
 
 from __future__ import annotations

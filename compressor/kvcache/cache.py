@@ -1,7 +1,7 @@
 """A key-value cache of low rank: chunks of every head on fixed bases, only coefficients stored.
 
-What lives here: a transformers `Cache`. Ranks come from `kvranks.py`, bases from the profiler; all of a cache but its
-contents, and its file, is in `kvlayout.py`.
+What lives here: a transformers `Cache`. Ranks come from `ranks.py`, bases from the profiler; all of a cache but its
+contents, and its file, is in `layout.py`.
 
 Letters: B sequences, H key-value heads, T tokens, d head size, c chunk size, r rank, R the sum of a layer's ranks.
 

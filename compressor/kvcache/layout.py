@@ -1,11 +1,11 @@
 """Everything of a low-rank key-value cache but its contents, and the file that a checkpoint carries it in.
 
-What lives here: how every layer keeps its keys and values, and `kv_cache.bases`. The cache is `kvcache.py`.
+What lives here: how every layer keeps its keys and values, and `kv_cache.bases`. The cache is `cache.py`.
 
 The file has a tensor `LAYER.k|v.HEAD.CHUNK` (c, r) for every basis that has a rank, and in its metadata, as JSON under
 `kv_cache`, the version, the chunk size and every group's bits and ranks.
 
-Letters as in `kvcache.py`, and C chunks of a head.
+Letters as in `cache.py`, and C chunks of a head.
 """
 
 from __future__ import annotations

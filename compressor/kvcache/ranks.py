@@ -1,6 +1,6 @@
 """Ranks for the chunks of a key-value cache: uniform, progressive, adaptive, or by hand.
 
-What lives here: how many directions every chunk keeps, and what that comes to in bytes. Storing is `kvcache.py`;
+What lives here: how many directions every chunk keeps, and what that comes to in bytes. Storing is `cache.py`;
 spectra and sensitivities are the profiler's.
 
 Letters: L layers, K two kinds (keys, values), H key-value heads, C chunks of a head, c chunk size. A chunk of T tokens

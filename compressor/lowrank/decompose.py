@@ -2,11 +2,11 @@
 
 What lives here: which way each option takes. Shapes: P problems, O rows, I columns, r rank; every problem is one option
 for one matrix, all of one shape and under one Hessian, so that one column loop serves them all. Plain options are GPTQ
-and descent, mixed ones GPTQ and factors in turn (`alternation.py`), those of 0 bits the best low-rank part of W or of
+and descent, mixed ones GPTQ and factors in turn (`alternating.py`), those of 0 bits the best low-rank part of W or of
 its heads.
 
 A rotated option is decomposed in the space of rotated inputs, factors and all: W' = W Vᵀ under H' = V H Vᵀ
-(`incoherence.py`). Its error there is its error here.
+(`hadamard.py`). Its error there is its error here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Q and L·R of one matrix, and what they leave of it.
 
-What lives here: the pair that decomposing ends with. How it is found is in `decompose.py` and `alternation.py`, how it
+What lives here: the pair that decomposing ends with. How it is found is in `decompose.py` and `alternating.py`, how it
 is stored in `linear.py`. Letters: O rows, I columns, r rank.
 """
 

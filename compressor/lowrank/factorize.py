@@ -1,7 +1,7 @@
 """The best low-rank correction of a residual under a Hessian, with quantized factors.
 
 What lives here: L and R for a residual E, so that tr((E − LR) H (E − LR)ᵀ) is least. When to correct what is for
-`alternation.py`.
+`alternating.py`.
 
 Letters: P problems of one shape under one Hessian, O rows, I columns, r rank.
 

@@ -1,7 +1,7 @@
 """The compressed layer: packed codes, grids and factors, and the matrix product with them.
 
 What lives here: `CompressedLinear` and its tensors. Their bytes are counted in `allocator/storage.py`; writing them
-to a checkpoint is for `worker.py`, loading them for `plugin.py`.
+to a checkpoint is for `checkpoint_writer.py`, loading them for `plugin.py`.
 
 Tensors of a layer: `weight` int32 (O, words) packed codes, `weight_scale` bfloat16 (O, G), `weight_zero` int32
 (1, words) packed zero points; for `left` and `right` the same three with O = rank, or one bfloat16 matrix. Where heads

@@ -1,7 +1,7 @@
 """Tables of a model, its input embedding and its output head: which there are, and what fewer bits cost.
 
 What lives here: finding them, a model with some of them rounded, and measuring each. They are rounded and looked up in
-`compressor/table.py`; the document is in `companion.py`. Position embeddings are not tables.
+`compressor/nn/embedding.py`; the document is in `sidecar.py`. Position embeddings are not tables.
 
 A table is priced by measuring: the KL, in nats/token, of the model in which it alone is rounded, in both its roles
 where it is tied. No gain and no sensitivity have a part in it. KL is quadratic in a small change of the weights, so

@@ -1,7 +1,7 @@
 """Calibrating a profile on whole plans: random ones near many budgets, compressed and measured.
 
 What lives here: drawing the plans, having them measured, and writing the profile that knows their gains. Measuring is
-in `trial.py`, the fit in `class_gains.py`.
+in `plan_evaluation.py`, the fit in `class_calibration.py`.
 
 Uniform probes say how the prediction falls short where every layer has the same bits; a plan never looks like that.
 """

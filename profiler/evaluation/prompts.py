@@ -1,6 +1,6 @@
 """One prompt under two models: how their logits over it differ, and what each says next.
 
-What lives here: prompts. Whole texts are measured in `evaluation.py`. Letters: T tokens of the prompt, V vocabulary.
+What lives here: prompts. Whole texts are measured in `divergence.py`. Letters: T tokens of the prompt, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Probes: whole models at uniform settings, measured, to calibrate the prediction.
 
 What lives here: keeping the probes' layers during the sweep and measuring KL on windows held back from calibration.
-What follows from them is in `gain.py`.
+What follows from them is in `calibration_factor.py`.
 """
 
 from __future__ import annotations

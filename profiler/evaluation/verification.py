@@ -1,7 +1,7 @@
 """The do-no-harm gate: a plan is measured beside uniform compression of the same bytes before anybody relies on it.
 
 What lives here: which models are measured (the plan, its nearest neighbours, the uniform plans on either side), on
-windows that neither the statistics nor the sweep saw, and what is concluded. Measuring is in `trial.py`.
+windows that neither the statistics nor the sweep saw, and what is concluded. Measuring is in `plan_evaluation.py`.
 """
 
 from __future__ import annotations

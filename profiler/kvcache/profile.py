@@ -1,7 +1,7 @@
 """What a key-value cache can be and what it costs, measured once: a companion of the profile.
 
 What lives here: the files, measuring them, and the menu of one context and batch made from them. Spectra and
-sensitivities are `kvcache.py`; the joint problem with the weights is `allocator/cache.py`.
+sensitivities are `study.py`; the joint problem with the weights is `allocator/kv_cache.py`.
 
     kvcache.json          chunk size, sensitivities, probes, gain
     kvcache.safetensors   energies, largest coefficients, bases
@@ -10,7 +10,7 @@ A group's squared error is the energy that its ranks cut, plus what rounding add
 largest coefficient over the largest code, err by s²/12 each on average, but for the largest itself. It costs its
 sensitivity, in nats per unit, times one gain, with which whole caches of several sizes and widths are predicted best.
 
-Letters as in `kvcache.py`.
+Letters as in `study.py`.
 """
 
 from __future__ import annotations

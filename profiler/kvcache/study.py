@@ -1,13 +1,13 @@
 """Low-rank key-value caches, calibrated and measured: spectra, sensitivities, KL at equal bytes.
 
 What lives here: what a model's own keys and values say about ranks, and what a cache costs. The cache is
-`compressor/kvcache.py`, ways to share out ranks are in `compressor/kvranks.py`.
+`compressor/kvcache/cache.py`, ways to share out ranks are in `compressor/kvcache/ranks.py`.
 
 A basis is made of the leading eigenvectors of a chunk's second moment over calibration text, keys before their
 rotation; the eigenvalues that are cut are the squared error. What a unit of it costs differs from layer to layer and
 between keys and values, so it is measured: the KL with that one compressed, over the error that made.
 
-Letters as in `compressor/kvcache.py`, and N windows, L layers, K two kinds (keys, values), C chunks.
+Letters as in `compressor/kvcache/cache.py`, and N windows, L layers, K two kinds (keys, values), C chunks.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The gain: what a prediction is multiplied by, from whole models measured at uniform settings.
 
-What lives here: the constant and its interval. Measuring the probes is in `probes.py`. The prediction
+What lives here: the constant and its interval. Measuring the probes is in `reference_configs.py`. The prediction
 ½ Σ tr(G ΔW H ΔWᵀ) is a second-order one and falls short of the measured KL by a nearly constant factor.
 """
 

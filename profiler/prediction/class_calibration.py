@@ -1,7 +1,7 @@
 """Gains by class of option: what a prediction is multiplied by for each kind of matrix and tier of bits.
 
 What lives here: the classes, and their least-squares fit to whole plans that were measured. The one gain of the
-uniform probes is in `gain.py`; making and measuring the plans is in `recalibration.py`.
+uniform probes is in `calibration_factor.py`; making and measuring the plans is in `plan_calibration.py`.
 
 Letters: P plans, K classes. x_PK is what each class adds to a plan's prediction, y_P the measured KL, both in
 nats/token. Minimised is Σ_P ((x γ − y) / y)² + λ Σ_K (γ_K / γ₀ − 1)², γ ≥ 0, with γ₀ the one gain that fits best: a

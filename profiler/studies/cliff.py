@@ -1,7 +1,7 @@
 """The quality cliff: what a model loses as the rank of one kind of projection falls.
 
 What lives here: cutting the rank of a group of matrices or heads, measuring KL and repetition, naming the cliff.
-Energy alone is in `spectrum.py`, the document in `companion.py`.
+Energy alone is in `spectrum.py`, the document in `sidecar.py`.
 
 A group is one projection in every block (`q_proj`), cut as a whole, or its heads (`q heads`), each cut on its own; all
 other weights stay as they are. The cut is the plain one, the leading singular values, that energy rules are about.

@@ -1,7 +1,7 @@
 """Accuracy on tasks, by lm-evaluation-harness, from task files that lie on this machine.
 
 What lives here: two tasks made of any text, and running tasks on a loaded model. What the accuracies say beside KL is
-in `goodhart.py`.
+in `task_correlation.py`.
 
     cloze      which of four continuations follows; the three others follow elsewhere in the text
     last_word  whether greedy decoding gives the last word of a passage

@@ -1,7 +1,7 @@
 """Spectrum: how the energy of every weight matrix, and of every attention head, spreads over its singular values.
 
 What lives here: energy curves and the rank that a share of the energy takes. What cutting the rank costs is measured in
-`cliff.py`: energy is of the weights alone and knows nothing of their inputs. The document is in `companion.py`.
+`cliff.py`: energy is of the weights alone and knows nothing of their inputs. The document is in `sidecar.py`.
 
 Energy is the share of tr(WWᵀ), the squared Frobenius norm, in the leading singular values; 1 − energy is the relative
 *squared* error of the best matrix of that rank (Eckart and Young). O rows, I columns, r the smaller of the two.

@@ -1,7 +1,7 @@
 """The profile's check of itself, on windows that no statistic saw.
 
 What lives here: parts of the model measured at a probe's option, the corrections of prices that follow, real plans
-measured beside uniform, and the gain that these plans give. Probes of the whole model are in `probes.py`.
+measured beside uniform, and the gain that these plans give. Probes of the whole model are in `reference_configs.py`.
 
 1. Every class of matrix (all k_proj, …) and every block alone at 3 bits: what it costs against what its layers' prices
    sum to. A layer's price is corrected by a factor of its class times a factor of its block, fitted so that classes

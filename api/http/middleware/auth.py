@@ -1,7 +1,7 @@
 """Who may do what: recognises API keys on every request, and asks for a scope on every route.
 
 On loopback a request needs no key and may do everything; one that carries a key is held to it. Elsewhere every
-address but the probes, the documentation and the page needs one. Keys themselves are in `keys.py`.
+address but the probes, the documentation and the page needs one. Keys themselves are in `api_keys.py`.
 """
 
 from __future__ import annotations
