@@ -1,8 +1,8 @@
 """Companions of a profile: measurements of the same weights that may lie beside it, each one JSON file.
 
-What lives here: the documents, their files and their digests. How they are measured is in `fidelity.py`, `spectrum.py`,
-`embeddings.py` and `cliff.py`. A companion belongs to weights, not to one profile: beside a profile of other weights it is
-refused.
+What lives here: the documents, their files and their digests. How they are measured is in `fidelity.py`,
+`spectrum.py`, `embeddings.py` and `cliff.py`. A companion belongs to weights, not to one profile: beside a profile of
+other weights it is refused.
 
     fidelity.json   what every block contributes; written with the profile
     spectrum.json   how the energy of every matrix and head spreads; written with the profile

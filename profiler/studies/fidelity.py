@@ -1,7 +1,7 @@
 """Fidelity: what every block contributes to the model, and how much of it a probe compression destroys.
 
-What lives here: measuring the blocks one after another. Hidden states are compared in `hidden_states.py`; intervals, tiers
-and the test for a U shape are in `estimate.py`, `tiers.py` and `ushape.py`; the document is in `sidecar.py`.
+What lives here: measuring the blocks one after another. Hidden states are compared in `hidden_states.py`; intervals,
+tiers and the test for a U shape are in `estimate.py`, `tiers.py` and `ushape.py`; the document is in `sidecar.py`.
 
 Four measures per block, each a mean over windows:
 
