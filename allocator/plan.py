@@ -7,6 +7,7 @@ is in `planner.py`, solving in `knapsack.py`; carrying the plan out is the compr
 from __future__ import annotations
 
 from operator import not_
+from os import PathLike
 from pathlib import Path
 from typing import Annotated
 
@@ -138,8 +139,9 @@ class Plan(Frozen):
         """plan.json."""
         return (self.model_dump_json(indent=1) + "\n").encode()
 
-    def save(self, path: Path) -> None:
-        write_atomically(path, self.document())
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write plan.json."""
+        write_atomically(Path(path), self.document())
 
 
 def load_plan(path: Path) -> Plan:

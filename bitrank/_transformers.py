@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
 LOADS_MODELS = "transformers.modeling_utils"
 
@@ -31,7 +32,6 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != LOADS_MODELS:
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
@@ -49,4 +49,10 @@ class _Loader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._inner.exec_module(module)
+        # Only now: who asks where a module is does not import it, and an import that failed is tried again.
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
         import compressor.plugin  # noqa: F401
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is as the inner loader has it, such as the source."""
+        return getattr(self._inner, name)

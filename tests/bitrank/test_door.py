@@ -58,6 +58,52 @@ def test_the_road_in_python(made: bitrank.Profile, small: Path) -> None:
     assert found.kl_nats > 0
 
 
+WRONG = {
+    "bits": [(99,), (), (2.5,), "3"],
+    "ranks": [(-1,), "0"],
+    "group_sizes": [(63,), 64],
+    "tokens": ["many"],
+    "seed": ["x"],
+    "calibration": [5],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in WRONG for value in WRONG[name]])
+def test_a_wrong_setting_is_refused_before_anything_is_measured(
+    name: str, value: object, tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(bitrank.Error, match=f"the setting {name} cannot be"):
+        bitrank.profile(str(tiny_model), tmp_path / "profile", **{name: value})
+    assert not (tmp_path / "profile").exists()
+
+
+def test_slips_are_told_in_a_sentence(made: bitrank.Profile, small: Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="there is no setting 'token'; choose from"):
+        bitrank.profile("demo", tmp_path / "profile", token=5)
+    with pytest.raises(TypeError, match="a budget is a text such as '3.25bpw'"):
+        made.plan(3.25)
+    with pytest.raises(bitrank.Error, match="tokens cannot be 0"):
+        bitrank.evaluate(small, reference="demo", tokens=0)
+    assert len(repr(made)) < 300
+
+
+def test_a_plan_is_saved_and_carried_out_from_its_file(made: bitrank.Profile, tmp_path: Path) -> None:
+    bitrank.load(made.path).plan("3.25bpw").save(str(tmp_path / "plan.json"))
+    bitrank.compress(str(tmp_path / "plan.json"), tmp_path / "small")
+    assert (tmp_path / "small" / "config.json").exists()
+
+
+def test_asking_where_a_module_is_does_not_use_the_hook_up(small: Path) -> None:
+    script = f"""
+import bitrank, importlib.util
+importlib.util.find_spec("transformers.modeling_utils")
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained({str(small)!r})).__name__)
+"""
+    finished = run(script, small.parent)
+    assert finished.stdout.strip() == "LlamaForCausalLM", finished.stderr
+
+
 def test_errors_are_of_one_kind(tmp_path: Path, made: bitrank.Profile) -> None:
     with pytest.raises(bitrank.Error, match="nothing"):
         bitrank.load(tmp_path / "nothing")
