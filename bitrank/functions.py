@@ -118,10 +118,8 @@ def _checked(settings: dict[str, Any], device: str) -> ProfileSettings:
         found = TypeAdapter(ProfileSettings).validate_python(given)
     except ValidationError as error:
         first = error.errors()[0]
-        name = first["loc"][0] if first["loc"] else "settings"
-        raise BitrankError(
-            f"the setting {name} cannot be {given.get(str(name))!r} ({first['msg']})"
-        ) from None
+        wrong = str(first["loc"][0]) if first["loc"] else "settings"
+        raise BitrankError(f"the setting {wrong} cannot be {given.get(wrong)!r} ({first['msg']})") from None
     for name, allowed in ALLOWED.items():
         values = getattr(found, name)
         if values is not None and (not values or not set(values) <= allowed):
