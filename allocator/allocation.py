@@ -80,7 +80,7 @@ def _solve(
     """The solution over the groups of `constrained`."""
     if resources or constraints.monotone is not None:
         coupled = resource_problem(menu, constrained, constraints, resources)
-        return _as_solution(_best_of_both(coupled, deadline))
+        return _best_of_both(coupled, deadline).of_first_resource()
     if not constraints.devices:
         return solve(constrained.problem, time_limit_seconds=max(0.1, deadline - time.monotonic()))
     split = Split.of(menu, constrained, constraints)
@@ -89,7 +89,7 @@ def _solve(
         return alone
     both = _best_of_both(resource_problem(menu, constrained, constraints), deadline)
     shared = split.at_prices(both.prices, deadline)
-    found = _as_solution(both)
+    found = both.of_first_resource()
     if shared is None or shared.cost >= found.cost:
         return found
     return replace(shared, lower_bound=found.lower_bound, gap=shared.cost - found.lower_bound, proven=False)
@@ -204,15 +204,3 @@ def _best_of_both(problem: ResourceProblem, deadline: float) -> ResourceSolution
     better = exact if exact.cost < lagrangian.cost else lagrangian
     bound = min(better.cost, max(exact.lower_bound, lagrangian.lower_bound))
     return replace(better, lower_bound=bound, gap=better.cost - bound, prices=lagrangian.prices)
-
-
-def _as_solution(found: ResourceSolution) -> Solution:
-    return Solution(
-        found.choice,
-        found.cost,
-        int(found.used[0]),
-        found.lower_bound,
-        found.gap,
-        found.proven,
-        float(found.prices[0]),
-    )

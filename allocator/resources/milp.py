@@ -29,16 +29,8 @@ RECHECKS = 8
 
 def solve_milp(problem: Problem, *, time_limit_seconds: float = 60.0) -> Solution:
     """The same problem as `knapsack.solve`, by HiGHS. Raises `InfeasibleError`."""
-    found = solve_resources_milp(ResourceProblem.of(problem), time_limit_seconds=time_limit_seconds)
-    return Solution(
-        found.choice,
-        found.cost,
-        int(found.used[0]),
-        found.lower_bound,
-        found.gap,
-        found.proven,
-        float(found.prices[0]),
-    )
+    resources = ResourceProblem.of(problem)
+    return solve_resources_milp(resources, time_limit_seconds=time_limit_seconds).of_first_resource()
 
 
 def solve_resources_milp(problem: ResourceProblem, *, time_limit_seconds: float = 60.0) -> ResourceSolution:

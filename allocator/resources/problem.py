@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from allocator.errors import InfeasibleError, InvalidProblemError
-from allocator.problem import Floats, Integers, Problem
+from allocator.problem import Floats, Integers, Problem, Solution
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,18 @@ class ResourceSolution:
     gap: float
     proven: bool
     prices: Floats
+
+    def of_first_resource(self) -> Solution:
+        """The same solution as of a problem that has the first resource alone."""
+        return Solution(
+            self.choice,
+            self.cost,
+            int(self.used[0]),
+            self.lower_bound,
+            self.gap,
+            self.proven,
+            float(self.prices[0]),
+        )
 
 
 def check_each_resource(problem: ResourceProblem) -> None:
